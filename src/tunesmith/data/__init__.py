@@ -1,0 +1,1 @@
+"""Records to examples to tokens to batches: sources → formats → template → samples → pack."""

@@ -1,0 +1,110 @@
+"""One device: places the model, runs it, reduces over the ranks there are (one)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from tunesmith.errors import UserError
+from tunesmith.models.load import blocks
+from tunesmith.models.probe import find_head
+from tunesmith.models.score import score
+from tunesmith.types import Batch, Scores
+
+
+class SingleEngine:
+    """Everything on one device."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"autograd"})
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Parts of Scores beyond log-probabilities that `score` can give."""
+    rank, world = 0, 1
+
+    def __init__(self, config: Any, precision: str) -> None:
+        self.config = config
+        self.precision = precision
+        self.device = find_device(config.device)
+
+    def place(self, model: Any) -> Any:
+        """Move to the device, learn the head's rule, and apply checkpointing and compilation, in this order."""
+        model.to(self.device)
+        self.head = find_head(model)
+        if self.config.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.config.compile:
+            for _, block in blocks(model):
+                block.compile(dynamic=True)
+        return model
+
+    def score(self, model: Any, batch: Batch, reads: frozenset[str] = frozenset()) -> Scores:
+        """Log-probabilities of the batch's targets."""
+        mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision in ("mixed", "bf16"))
+        with mixed:
+            return score(model, self.head, batch)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Start the random streams of a step (dropout). They depend on seed and step alone, so no state is saved."""
+        torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return x
+
+    def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Euclidean norm of all gradients together, over ranks."""
+        return torch.nn.utils.get_total_norm(list(grads.values()))
+
+    def shard(self, batch: Batch) -> Batch:
+        """This rank's part of a batch."""
+        return batch
+
+    def memory_bytes(self) -> int:
+        """Peak of the accelerator's allocator, or the process's resident memory on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
+
+
+def find_device(name: str) -> torch.device:
+    """The device, or for auto the accelerator that torch finds, else the CPU."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"engine.device: {name!r} is not here: {str(error).splitlines()[0]}; try auto or cpu") from error
+    return device
+
+
+def find_precision(name: str, device: torch.device, trains_all: bool) -> str:
+    """fp32, bf16 or mixed. auto: bf16 where the device multiplies it faster, and then mixed if the weights train.
+
+    Measured, not looked up: processors differ (AMX, AVX-512 BF16, emulation) more than their names tell.
+    """
+    if name != "auto":
+        return name
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _bf16_is_faster(device)
+    if not fast:
+        return "fp32"
+    return "mixed" if trains_all else "bf16"
+
+
+def _bf16_is_faster(device: torch.device) -> bool:
+    from time import perf_counter
+
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
+        seconds = []
+        for _ in range(5):
+            start = perf_counter()
+            (a @ b).sum().item()
+            seconds.append(perf_counter() - start)
+        best[dtype] = min(seconds)
+    return best[torch.bfloat16] < 0.75 * best[torch.float32]

@@ -1,0 +1,36 @@
+"""The whole state, from time to time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+
+from torch import Tensor
+
+from tunesmith.config import CheckpointConfig
+from tunesmith.engines.checkpoint import save_checkpoint
+from tunesmith.hooks.log import Log
+from tunesmith.learner import Learner
+from tunesmith.run_folder import RunFolder
+
+
+class Checkpoint:
+    """Saves when so many steps are done or minutes have passed. `saved`: the step of the newest checkpoint so far."""
+
+    def __init__(self, folder: RunFolder, log: Log, config: CheckpointConfig, saved: int) -> None:
+        self.folder, self.log, self.config = folder, log, config
+        self.saved, self.since = saved, perf_counter()
+
+    def __call__(self, step: int, metrics: Mapping[str, Tensor], learner: Learner) -> None:
+        every_steps, every_s = self.config.every_steps, 60 * self.config.every_minutes
+        if (every_steps and step % every_steps == 0) or (every_s and perf_counter() - self.since >= every_s):
+            self.save(step, learner)
+
+    def save(self, step: int, learner: Learner) -> None:
+        """Save now, unless this step is saved already."""
+        if step == self.saved:
+            return
+        save_checkpoint(self.folder.checkpoints, step, learner.method.state_dict(), self.config.keep)
+        self.saved, self.since = step, perf_counter()
+        self.log.events.write("checkpoint", step=step)
+        self.log.pause()

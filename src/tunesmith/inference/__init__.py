@@ -1,0 +1,1 @@
+"""Generating with a trained model, in process."""

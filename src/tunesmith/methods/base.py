@@ -1,0 +1,127 @@
+"""What a method is: what trains, how a gradient is had, and how it becomes an update.
+
+`step` receives a closure, so a method may call it once per micro-batch (backpropagation) or as often as it likes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.methods.optim import build_optimizer, optimizer_bytes
+from tunesmith.types import Batch, Memory
+
+Metrics = dict[str, Tensor]
+LossFn = Callable[[Batch], tuple[Tensor, Metrics]]
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is NaN or infinite. The parameters have not been touched."""
+
+    step: int = 0
+    """Which update, counted from 0; the loop sets it."""
+
+
+class EngineLike(Protocol):
+    """What a method asks of an engine."""
+
+    def sum(self, x: Tensor) -> Tensor: ...
+    def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
+
+
+class Method:
+    """Base of all methods: backpropagation, clipping, one optimizer step. Subclasses choose in `adapt` what trains."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"autograd"})
+    """What the engine must provide."""
+
+    def __init__(self, config: Any, optimizer_config: Any, max_grad_norm: float | None) -> None:
+        self.config = config
+        self.optimizer_config = optimizer_config
+        self.max_grad_norm = max_grad_norm
+
+    def adapt(self, model: Any) -> None:
+        """Choose or insert what trains. Runs before the engine places the model."""
+        raise NotImplementedError
+
+    def bind(self, model: nn.Module, engine: EngineLike) -> None:
+        """Allocate the optimizer. Runs after the engine has placed the model."""
+        self.engine = engine
+        self.model = model
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert self.params, "adapt left nothing to train"
+        self.optimizer = build_optimizer(self.optimizer_config, self.params, self.lr_multiple)
+
+    def lr_multiple(self, name: str) -> float:
+        """Learning rate of a parameter over that of the schedule."""
+        return 1.0
+
+    def step(self, loss_fn: LossFn, micro_batches: Sequence[Batch], lr: float) -> Metrics:
+        """One update. Returns `loss`, the objective's metrics and `grad_norm`, all over the global batch.
+
+        Raises NonFiniteError, before anything is changed, when the loss or a gradient is not finite.
+        """
+        metrics = self.gradient(loss_fn, micro_batches)
+        grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
+        metrics["grad_norm"] = norm = self.engine.norm(grads)
+        for what in ("loss", "grad_norm"):
+            if not torch.isfinite(metrics[what]):
+                raise NonFiniteError(f"{what} is {float(metrics[what])}")
+        if self.max_grad_norm is not None:
+            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(list(grads.values()), scale)
+        self.optimizer.step(lr)
+        return metrics
+
+    def gradient(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> Metrics:
+        """Sum the micro-batches' gradients into `.grad`: the one place where accumulation is written."""
+        metrics: Metrics = {}
+        for p in self.params.values():
+            p.grad = None
+        for micro_batch in micro_batches:
+            loss, more = loss_fn(micro_batch)
+            loss.backward()
+            for name, value in {"loss": loss.detach(), **more}.items():
+                metrics[name] = metrics.get(name, 0) + value
+        return {name: self.engine.sum(value) for name, value in metrics.items()}
+
+    def memory(self, shapes: Mapping[str, tuple[int, int]]) -> Memory:
+        """Bytes held through a step for the trainable parameters. shapes: name → (elements, bytes per element)."""
+        return Memory(
+            gradients_bytes=sum(elements * size for elements, size in shapes.values()),
+            optimizer_bytes=optimizer_bytes(self.optimizer_config, shapes),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on with the same bits: trained parameters and optimizer state."""
+        return {
+            "parameters": {name: p.detach() for name, p in self.params.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        parameters = saved["parameters"]
+        assert parameters.keys() == self.params.keys(), "the checkpoint is of another method or model"
+        with torch.no_grad():
+            for name, p in self.params.items():
+                p.copy_(parameters[name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def save(self, folder: Path) -> None:
+        """Write what transformers (or PEFT) loads as is."""
+        model: Any = self.model
+        model.save_pretrained(folder)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name; tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_json(file: Path, tree: Any) -> None:
+    file.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

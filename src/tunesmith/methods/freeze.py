@@ -1,0 +1,30 @@
+"""Partial fine-tuning: some parameters train as they are."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from tunesmith.errors import UserError
+from tunesmith.methods.base import Method
+from tunesmith.models.load import blocks
+
+
+class Freeze(Method):
+    """The first or last n transformer blocks, or parameters by name pattern; everything else stays."""
+
+    def adapt(self, model: Any) -> None:
+        model.requires_grad_(False)
+        found = blocks(model)
+        first, last = self.config.first_blocks, self.config.last_blocks
+        if max(first, last) > len(found):
+            raise UserError(f"method: the model has {len(found)} blocks, fewer than first_blocks {first} or last_blocks {last}")
+        for _, block in found[:first] + found[len(found) - last :]:
+            block.requires_grad_(True)
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in self.config.patterns:
+            matched = [name for name in names if fnmatchcase(name, pattern)]
+            if not matched:
+                raise UserError(f"method.patterns: {pattern!r} matches no parameter; names look like {', '.join(names[:3])}")
+            for name in matched:
+                model.get_parameter(name).requires_grad_(True)

@@ -1,0 +1,14 @@
+"""Full fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.methods.base import Method
+
+
+class Full(Method):
+    """Every parameter is trained."""
+
+    def adapt(self, model: Any) -> None:
+        model.requires_grad_(True)

@@ -1,0 +1,69 @@
+"""LoRA and its variants, through PEFT, whose file format every server and tool reads."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.errors import UserError
+from tunesmith.methods.base import EngineLike, Method
+
+
+class Lora(Method):
+    """Low-rank adapters (Hu et al. 2021): y = W x + (alpha / r) B A x with W frozen.
+
+    PEFT puts the adapters into the model in place, so that engine and scoring see an ordinary transformers model.
+    PiSSA (Meng et al. 2024) takes the principal part out of W; on saving it is written back as an ordinary adapter of
+    twice the rank for the unchanged base: ΔW = BA - B₀A₀ (PEFT's conversion).
+    """
+
+    def adapt(self, model: Any) -> None:
+        import peft
+
+        config = self.config
+        peft_config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=config.targets if config.targets == "all-linear" else list(config.targets),
+            modules_to_save=list(config.modules_to_save) or None,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+            init_lora_weights=True if config.init == "default" else config.init,
+        )
+        try:
+            self.peft_model = peft.get_peft_model(model, peft_config)
+        except ValueError as error:
+            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise UserError(f"method.targets: {error}; linear modules of this model: {', '.join(linear)}") from error
+
+    def bind(self, model: nn.Module, engine: EngineLike) -> None:
+        super().bind(model, engine)
+        if self.config.init == "pissa":
+            self.start = {name: p.detach().clone() for name, p in self.params.items()}
+
+    def lr_multiple(self, name: str) -> float:
+        return self.config.lr_ratio if "lora_B" in name or "lora_embedding_B" in name else 1.0
+
+    def save(self, folder: Path) -> None:
+        if self.config.init != "pissa":
+            self.peft_model.save_pretrained(folder)
+            return
+        with tempfile.TemporaryDirectory() as start:
+            trained = {name: p.detach().clone() for name, p in self.params.items()}
+            self._copy_in(self.start)
+            self.peft_model.peft_config["default"].init_lora_weights = True  # the adapter is saved as an ordinary one
+            self.peft_model.save_pretrained(start)
+            self._copy_in(trained)
+            self.peft_model.peft_config["default"].init_lora_weights = "pissa"
+            self.peft_model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+
+    @torch.no_grad()
+    def _copy_in(self, values: dict[str, torch.Tensor]) -> None:
+        for name, p in self.params.items():
+            p.copy_(values[name])

@@ -1,0 +1,98 @@
+"""Tokenizer and weights from a local folder, the hub, or the demo model. Errors name the folder and what it lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config import ModelConfig
+from tunesmith.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def model_source(config: ModelConfig) -> str:
+    """The folder or hub id behind `model.path`, checked as far as can be without loading weights."""
+    if config.path == "demo":
+        from tunesmith.models.demo import demo_model_folder
+
+        return str(demo_model_folder())
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{config.path}: no model: it holds no config.json; give the folder that save_pretrained wrote")
+        if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+            raise UserError(f"{config.path}: no weights: it holds no *.safetensors; download or copy the checkpoint again")
+        return str(folder)
+    looks_like_hub_id = config.path.count("/") <= 1 and not config.path.startswith((".", "/", "~"))
+    if folder.exists() or not looks_like_hub_id:
+        raise UserError(f"{config.path}: no such model folder (now in {Path.cwd()}); check model.path")
+    return config.path
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with `model.chat_template` in place of its own if given."""
+    from transformers import AutoTokenizer
+
+    source = model_source(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(_loading_failed("tokenizer", config, error)) from error
+    if config.chat_template == "chatml":
+        tokenizer.chat_template = CHATML
+    elif config.chat_template:
+        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model with all its weights in `dtype`, on the CPU, in evaluation mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = model_source(config)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    try:
+        architecture = AutoConfig.from_pretrained(source, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, config=architecture, dtype=dtype, output_loading_info=True, **attention, **options
+        )
+    except Exception as error:  # safetensors, transformers and the hub each raise types of their own
+        raise UserError(_loading_failed("model", config, error)) from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{config.path}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
+            "they would start at random: it is incomplete, or of another architecture"
+        )
+    if getattr(model, "is_quantized", False):
+        raise UserError(f"{config.path}: quantized weights cannot be trained yet; use the unquantized checkpoint")
+    return model.eval()
+
+
+def _loading_failed(what: str, config: ModelConfig, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(config.path).expanduser().is_dir() or config.path == "demo":
+        return f"{config.path}: the {what} cannot be loaded: {reason}"
+    return f"{config.path}: neither a local folder nor a {what} that the hub gives: {reason}"
+
+
+def blocks(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """The repeated transformer blocks, by name: the longest list of equal-named children in the decoder."""
+    from torch import nn
+
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    decoder_lists = [(name, module) for name, module in lists if len(module) == model.config.num_hidden_layers]
+    if not decoder_lists:
+        raise UserError(f"{type(model).__name__}: no list of {model.config.num_hidden_layers} blocks found in the model")
+    name, found = min(decoder_lists, key=lambda pair: pair[0].count("."))
+    return [(f"{name}.{index}", block) for index, block in enumerate(found)]

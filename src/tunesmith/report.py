@@ -1,0 +1,68 @@
+"""loss.png and report.md, made from events.jsonl and the manifest alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tunesmith.display import short_bytes, short_number
+from tunesmith.run_folder import RunFolder, read_events, write_text
+
+
+def write_report(folder: RunFolder) -> None:
+    """Write both files into the run's folder."""
+    events = read_events(folder.events)
+    steps = [event for event in events if event["event"] == "step"]
+    evals = [event for event in events if event["event"] == "eval"]
+    if steps:
+        _picture(steps, evals, folder.path / "loss.png")
+    write_text(folder.path / "report.md", _text(folder, steps, evals, folder.read_manifest()))
+
+
+def _picture(steps: list[dict[str, Any]], evals: list[dict[str, Any]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    at, losses = [event["step"] for event in steps], [event["loss"] for event in steps]
+    axes.plot(at, losses, color="#9ecae1", linewidth=1, label="training loss")
+    axes.plot(at, _smooth(losses), color="#2171b5", linewidth=2, label="smoothed")
+    if evals:
+        axes.plot([e["step"] for e in evals], [e["loss"] for e in evals], "o-", color="#d94801", label="held-out loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per target token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    aside = file.with_name(".loss.writing.png")
+    figure.savefig(aside, dpi=120)
+    aside.replace(file)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential average over about a twentieth of the run, corrected for its start."""
+    keep = 1 - 1 / max(2.0, len(values) / 20)
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _text(folder: RunFolder, steps: list[dict[str, Any]], evals: list[dict[str, Any]], manifest: dict[str, Any]) -> str:
+    lines = [f"# {folder.path.name}", ""]
+    lines += [f"- **{name}**: {text}" for name, text in manifest.get("header", [])]
+    if steps:
+        speed = short_number(median(event["tokens_per_s"] for event in steps))
+        lines.append(f"- **steps**: {steps[-1]['step']}, at {speed} tokens/s (median)")
+        lines.append(f"- **training loss**: {steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f}")
+        lines.append(f"- **memory**: {short_bytes(max(event['memory_bytes'] for event in steps))} at most")
+    if evals:
+        first, last = evals[0], evals[-1]
+        lines.append(f"- **held-out loss**: {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}")
+    else:
+        lines.append("- **held-out loss**: not measured: no sample was held out (data.eval_path, data.eval_fraction)")
+    if steps:
+        lines += ["", "![loss over the steps](loss.png)"]
+    lines += ["", f"The model is in `model/`. Talk to it: `tunesmith chat {folder.path}`", ""]
+    return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""A run, top to bottom: configuration → parts → learner → loop → artefacts. CLI, Python and tests all call `train`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tunesmith.config import RunConfig
+from tunesmith.config_file import differing_keys
+from tunesmith.data.dataset import Dataset, evaluation_batches
+from tunesmith.data.samples import Samples, load_samples
+from tunesmith.data.sources import check_data_file
+from tunesmith.data.template import Renderer
+from tunesmith.display import Progress, header
+from tunesmith.engines import ENGINES, build_engine
+from tunesmith.engines.checkpoint import load_newest
+from tunesmith.engines.single import find_device, find_precision
+from tunesmith.errors import UserError
+from tunesmith.hooks import Checkpoint, Evaluate, Log
+from tunesmith.interrupt import StopRequest
+from tunesmith.learner import Learner
+from tunesmith.loop import train as run_loop
+from tunesmith.manifest import describe, manifest
+from tunesmith.methods import METHODS, NonFiniteError, build_method
+from tunesmith.models.load import load_model, load_tokenizer, model_source
+from tunesmith.models.probe import isolates_sequences
+from tunesmith.objectives import OBJECTIVES, Objective, build_objective
+from tunesmith.report import write_report
+from tunesmith.run_folder import EventLog, RunFolder, write_folder
+from tunesmith.schedules import build_schedule
+
+MAY_CHANGE_ON_RESUME = ("train.steps", "train.epochs", "checkpoint.", "evaluate.", "log.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, built from its configuration."""
+
+    config: RunConfig
+    """With everything resolved that was auto."""
+    tokenizer: Any
+    objective: Objective
+    samples: Samples
+    held_out: Samples
+    learner: Learner
+    pack: bool
+    """Whether sequences share rows: asked for, and the model keeps them apart."""
+    data: Dataset
+    steps: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    finished: bool
+    """False if a signal stopped it; it goes on with --resume."""
+    eval_losses: dict[int, float]
+    """Held-out loss by step."""
+
+
+def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Result:
+    """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend."""
+    console = console or Console(stderr=True)
+    folder = RunFolder(Path(config.output))
+    if not resume:
+        folder.check_free()
+    check(config)
+    run = build(config)
+    start = _restore(run, folder, console) if resume else 0
+    facts = describe(run)
+    header(console, f"tunesmith → {folder.path}", facts)
+    folder.claim(run.config)
+    folder.write_manifest(manifest(run, facts))
+
+    config, learner = run.config, run.learner
+    events = EventLog(folder.events, folder.path / "tensorboard" if _wants_tensorboard(config) else None)
+    events.write("resume" if resume else "start", step=start, steps=run.steps)
+    progress = Progress(console, run.steps, start)
+    log = Log(events, progress, config.log.every_steps)
+    held_out = evaluation_batches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack)
+    evaluate = Evaluate(run.objective, held_out, log, config.evaluate.every_steps)
+    checkpoint = Checkpoint(folder, log, config.checkpoint, saved=start)
+    with progress, StopRequest() as stop:
+        if start == 0:
+            evaluate.measure(0, learner)
+        try:
+            step = run_loop(
+                learner, run.objective, {}, run.data, build_schedule(config.schedule, config.optimizer.lr, run.steps),
+                steps=run.steps, start=start, seed=config.seed, hooks=[log, evaluate, checkpoint], stop=stop,
+            )  # fmt: skip
+        except NonFiniteError as error:
+            raise UserError(_diverged(error, run, checkpoint.saved)) from error
+        checkpoint.save(step, learner)
+        if step == run.steps:
+            evaluate.measure(step, learner)
+            write_folder(folder.model, lambda aside: _save_model(run, aside))
+            events.write("end", step=step)
+    events.close()
+    write_report(folder)
+    if step < run.steps:
+        console.print(f"stopped after step {step} and saved; go on with: tunesmith train --resume {folder.path}")
+    return Result(folder.path, step, step == run.steps, evaluate.losses)
+
+
+def resume_config(folder: Path, config: RunConfig) -> RunConfig:
+    """`config` for going on with the run in `folder`. Raises UserError that lists the settings that must not differ."""
+    before = RunFolder(folder).read_config()
+    if config.model.precision == "auto":
+        config = config.model_copy(update={"model": config.model.model_copy(update={"precision": before.model.precision})})
+    config = config.model_copy(update={"output": str(folder)})
+    before = before.model_copy(update={"output": str(folder)})
+    refused = [line for line in differing_keys(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
+    if refused:
+        raise UserError(
+            f"{folder}: this run was made with other settings:\n  " + "\n  ".join(refused) + "\n"
+            "put them back, or start a new run in another output folder"
+        )
+    return config
+
+
+def check(config: RunConfig) -> None:
+    """All that can be known without loading weights. Raises UserError."""
+    objective, method, engine = OBJECTIVES[config.objective.name], METHODS[config.method.name], ENGINES[config.engine.name]
+    for who, wants, offers in (
+        (config.method.name, method.requires, engine.provides),
+        (config.objective.name, objective.reads, engine.reads),
+    ):
+        if missing := wants - offers:
+            raise UserError(f"{who} needs {', '.join(sorted(missing))}, which the {config.engine.name} engine does not offer")
+    if config.log.tensorboard and not find_spec("tensorboard"):
+        raise UserError("log.tensorboard: tensorboard is not installed; pip install 'tunesmith[tensorboard]'")
+    if config.optimizer.name == "adamw8bit" and not find_spec("torchao"):
+        raise UserError("optimizer: adamw8bit comes from torchao; pip install 'tunesmith[torchao]'")
+    template = config.model.chat_template
+    if template and template != "chatml" and not Path(template).is_file():
+        raise UserError(f"model.chat_template: {template}: no such file; give a Jinja file, or chatml")
+    for path in (config.data.path, config.data.eval_path):
+        if path not in (None, "demo"):
+            check_data_file(path)
+    model_source(config.model)
+
+
+def build(config: RunConfig) -> Run:
+    """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
+    device = find_device(config.engine.device)
+    precision = find_precision(config.model.precision, device, trains_all=config.method.name != "lora")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"precision": precision})})
+    tokenizer = load_tokenizer(config.model)
+    objective = build_objective(config.objective)
+    samples, held_out = load_samples(config.data, Renderer(tokenizer, objective.learns_all))
+
+    torch.manual_seed(config.seed)  # the start of what a method inserts
+    model = load_model(config.model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    pack = config.data.pack and isolates_sequences(model)
+    learner = Learner(model, build_engine(config.engine, precision), build_method(config), config.train.micro_batch_tokens)
+
+    wanted = config.train
+    seen = None if wanted.steps else max(1, round(wanted.epochs * len(samples)))
+    steps = wanted.steps or math.ceil(seen / wanted.batch_size)
+    data = Dataset(samples, wanted.batch_size, config.data.max_tokens, pack, config.seed, last=seen)
+    return Run(config, tokenizer, objective, samples, held_out, learner, pack, data, steps)
+
+
+def _restore(run: Run, folder: RunFolder, console: Console) -> int:
+    """Load the newest whole checkpoint; returns its step, or 0 if the run died before its first one."""
+    before = folder.read_manifest().get("data_fingerprint")
+    if before not in (None, run.samples.fingerprint()):
+        raise UserError(f"{run.config.data.path}: the data has changed since {folder.path} was begun; put it back, or start anew")
+    found = load_newest(folder.checkpoints, lambda text: console.print(text, style="yellow", markup=False))
+    if found is None:
+        return 0
+    step, state = found
+    run.learner.method.load_state_dict(state)
+    return step
+
+
+def _save_model(run: Run, folder: Path) -> None:
+    run.learner.method.save(folder)
+    run.tokenizer.save_pretrained(folder)
+
+
+def _wants_tensorboard(config: RunConfig) -> bool:
+    return bool(find_spec("tensorboard")) if config.log.tensorboard is None else config.log.tensorboard
+
+
+def _diverged(error: NonFiniteError, run: Run, saved: int) -> str:
+    places = ", ".join(str(run.samples.places[index]) for index in run.data.indices(error.step)[:8])
+    kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been due yet"
+    return (
+        f"step {error.step + 1}: {error}; the parameters were not changed by it, and {kept}. Samples of this step: {places}. "
+        f"Lower optimizer.lr (now {run.config.optimizer.lr:g}), lengthen schedule.warmup_fraction, or look at those samples"
+    )
