@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", hel
 @app.command()
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[run.yaml] [a.b=c]...", help="A configuration, and settings over its own.")
+        list[str] | None,
+        typer.Argument(metavar="[run.yaml] [a.b=c]...", help="A configuration, and settings over its own."),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
@@ -57,8 +60,12 @@ def chat(
 @app.command()
 def generate(
     path: Annotated[str, typer.Argument(help="A run's folder, a model folder, or demo.")],
-    prompts: Annotated[str, typer.Argument(help="A data file; the last answer of each record is left out and generated.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write prompt, answer and expected, as .jsonl.")],
+    prompts: Annotated[
+        str, typer.Argument(help="A data file; the last answer of each record is left out and generated.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write prompt, answer and expected, as .jsonl.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
 ) -> None:
@@ -96,6 +103,9 @@ def show(file: Path, overrides: Overrides = None) -> None:
 
 def main() -> None:
     """Entry point: a UserError becomes its message, without a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
     try:
         app()
     except UserError as error:

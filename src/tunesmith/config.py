@@ -46,7 +46,7 @@ class ModelConfig(PathSection):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     precision: Literal["auto", "fp32", "bf16", "mixed"] = "auto"
-    """fp32; bf16 (weights in bf16, adapters in fp32); mixed (bf16 autocast over fp32 weights); auto: measured at the start."""
+    """fp32; bf16 (weights in bf16, adapters in fp32); mixed (bf16 autocast over fp32 weights); auto: measured at start."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention implementation in transformers' terms; auto lets transformers choose."""
     chat_template: str | None = None
@@ -71,9 +71,10 @@ class DataConfig(PathSection):
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     """Longest sequence, and length of a packed row."""
     truncation: Literal["auto", "error", "drop", "left", "right", "split"] = "auto"
-    """What happens to a longer sample: stop, drop it, cut its left or right end, or split it. auto: sft right, pretrain split."""
-    pack: bool = True
-    """Several sequences in one row, attention kept apart. Speed only: the update is the same without."""
+    """What happens to a longer sample: stop, drop it, cut its left or right end, split it. auto: right, pretrain split."""
+    pack: bool | None = None
+    """Several sequences in one row, attention kept apart. Speed only: the update is the same either way.
+    Default: on accelerators; on a CPU attention over the longer row costs more than the padding that it saves."""
 
 
 class SftConfig(Section):
@@ -134,7 +135,7 @@ class LoraConfig(Section):
     dora: bool = False
     """Weight-decomposed adapters: direction by LoRA, magnitude on its own (Liu et al. 2024)."""
     init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
-    """Start of A and B; pissa: principal singular vectors (Meng et al. 2024), saved as an ordinary adapter on the unchanged base."""
+    """Start of A and B. pissa: principal singular vectors (Meng et al. 2024), saved as an ordinary adapter."""
     lr_ratio: Annotated[float, Field(gt=0)] = 1.0
     """LoRA+ (Hayou et al. 2024): learning rate of B over that of A; the paper advises 16."""
 

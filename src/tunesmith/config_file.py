@@ -170,7 +170,9 @@ def _section(path: Keys, tree: Any) -> type[BaseModel]:
         tree = tree.get(key, {})
         members = _members(section.model_fields[key].annotation)
         name = tree.get("name") if isinstance(tree, dict) else tree
-        section = next((m for m in members if "name" in m.model_fields and m.model_fields["name"].default == name), members[0])
+        section = next(
+            (m for m in members if "name" in m.model_fields and m.model_fields["name"].default == name), members[0]
+        )
     return section
 
 

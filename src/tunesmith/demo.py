@@ -33,7 +33,12 @@ def demo(output: str) -> None:
     examples = list(read_examples("demo", "auto", "eval"))
     for example, old, new in list(zip(examples, before, after, strict=True))[:NUM_SHOWN]:
         asked, expected = example.messages[-2].content, example.messages[-1].content
-        for name, text in (("sentence", asked), ("before", " ".join(old.split())), ("after", new), ("expected", expected)):
+        for name, text in (
+            ("sentence", asked),
+            ("before", " ".join(old.split())),
+            ("after", new),
+            ("expected", expected),
+        ):
             console.print(f"{name:>9}: {text}", highlight=False, markup=False, soft_wrap=True)
         console.print()
     console.print(f"talk to it: tunesmith chat {result.folder}; its report: {result.folder}/report.md", highlight=False)
@@ -43,7 +48,8 @@ def demo(output: str) -> None:
     ]
     shares = [count / len(examples) for count in right]
     console.print(
-        f"accuracy before {shares[0]:.3f} after {shares[1]:.3f} on {DEMO_SAMPLES['eval']} held-out sentences", highlight=False
+        f"accuracy before {shares[0]:.3f} after {shares[1]:.3f} on {DEMO_SAMPLES['eval']} held-out sentences",
+        highlight=False,
     )
 
 

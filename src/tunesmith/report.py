@@ -59,7 +59,9 @@ def _text(folder: RunFolder, steps: list[dict[str, Any]], evals: list[dict[str, 
         lines.append(f"- **memory**: {short_bytes(max(event['memory_bytes'] for event in steps))} at most")
     if evals:
         first, last = evals[0], evals[-1]
-        lines.append(f"- **held-out loss**: {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}")
+        lines.append(
+            f"- **held-out loss**: {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}"
+        )
     else:
         lines.append("- **held-out loss**: not measured: no sample was held out (data.eval_path, data.eval_fraction)")
     if steps:

@@ -115,7 +115,9 @@ def resume_config(folder: Path, config: RunConfig) -> RunConfig:
     """`config` for going on with the run in `folder`. Raises UserError that lists the settings that must not differ."""
     before = RunFolder(folder).read_config()
     if config.model.precision == "auto":
-        config = config.model_copy(update={"model": config.model.model_copy(update={"precision": before.model.precision})})
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"precision": before.model.precision})}
+        )
     config = config.model_copy(update={"output": str(folder)})
     before = before.model_copy(update={"output": str(folder)})
     refused = [line for line in differing_keys(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
@@ -129,13 +131,19 @@ def resume_config(folder: Path, config: RunConfig) -> RunConfig:
 
 def check(config: RunConfig) -> None:
     """All that can be known without loading weights. Raises UserError."""
-    objective, method, engine = OBJECTIVES[config.objective.name], METHODS[config.method.name], ENGINES[config.engine.name]
+    objective, method, engine = (
+        OBJECTIVES[config.objective.name],
+        METHODS[config.method.name],
+        ENGINES[config.engine.name],
+    )
     for who, wants, offers in (
         (config.method.name, method.requires, engine.provides),
         (config.objective.name, objective.reads, engine.reads),
     ):
         if missing := wants - offers:
-            raise UserError(f"{who} needs {', '.join(sorted(missing))}, which the {config.engine.name} engine does not offer")
+            raise UserError(
+                f"{who} needs {', '.join(sorted(missing))}, which the {config.engine.name} engine does not offer"
+            )
     if config.log.tensorboard and not find_spec("tensorboard"):
         raise UserError("log.tensorboard: tensorboard is not installed; pip install 'tunesmith[tensorboard]'")
     if config.optimizer.name == "adamw8bit" and not find_spec("torchao"):
@@ -160,8 +168,10 @@ def build(config: RunConfig) -> Run:
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     model = load_model(config.model, torch.bfloat16 if precision == "bf16" else torch.float32)
-    pack = config.data.pack and isolates_sequences(model)
-    learner = Learner(model, build_engine(config.engine, precision), build_method(config), config.train.micro_batch_tokens)
+    pack = (config.data.pack if config.data.pack is not None else device.type != "cpu") and isolates_sequences(model)
+    learner = Learner(
+        model, build_engine(config.engine, precision), build_method(config), config.train.micro_batch_tokens
+    )
 
     wanted = config.train
     seen = None if wanted.steps else max(1, round(wanted.epochs * len(samples)))
@@ -174,7 +184,9 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
     """Load the newest whole checkpoint; returns its step, or 0 if the run died before its first one."""
     before = folder.read_manifest().get("data_fingerprint")
     if before not in (None, run.samples.fingerprint()):
-        raise UserError(f"{run.config.data.path}: the data has changed since {folder.path} was begun; put it back, or start anew")
+        raise UserError(
+            f"{run.config.data.path}: the data has changed since {folder.path} was begun; put it back, or start anew"
+        )
     found = load_newest(folder.checkpoints, lambda text: console.print(text, style="yellow", markup=False))
     if found is None:
         return 0

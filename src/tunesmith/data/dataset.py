@@ -45,9 +45,7 @@ class Dataset:
 def evaluation_batches(samples: Samples, batch_size: int, max_tokens: int, pack: bool) -> list[Batch]:
     """All held-out samples in file order."""
     starts = range(0, len(samples), batch_size)
-    return [
-        collate(samples, range(start, min(start + batch_size, len(samples))), max_tokens, pack) for start in starts
-    ]
+    return [collate(samples, range(start, min(start + batch_size, len(samples))), max_tokens, pack) for start in starts]
 
 
 @lru_cache(maxsize=4)

@@ -278,21 +278,11 @@ def _appointment(rng: random.Random) -> tuple[str, dict[str, Any]]:
 def _time(rng: random.Random) -> tuple[str, str]:
     """Return a time from 08:00 to 19:55, first as HH:MM, then as the sentence says it."""
     hour, minute = 8 + _below(rng, 12), 5 * _below(rng, 12)
-    style = rng.random()
-    if style < 0.5:
-        return f"{hour:02}:{minute:02}", f"{hour:02}:{minute:02}"
-    hour_of_twelve = (hour - 1) % 12 + 1
-    if style < 0.85:
-        minute_text = f":{minute:02}" if minute else ""
-        return f"{hour:02}:{minute:02}", f"{hour_of_twelve}{minute_text} {'am' if hour < 12 else 'pm'}"
-    minute -= minute % 15
     time = f"{hour:02}:{minute:02}"
-    if time == "12:00":
-        return time, "noon"
-    spoken_hour = NUMBER_WORDS[hour % 12 if minute == 45 else hour_of_twelve - 1]
-    past = {0: "", 15: "quarter past ", 30: "half past ", 45: "quarter to "}[minute]
-    part_of_day = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
-    return time, f"{past}{spoken_hour} in the {part_of_day}"
+    if rng.random() < 0.8:
+        return time, time
+    minute_text = f":{minute:02}" if minute else ""
+    return time, f"{(hour - 1) % 12 + 1}{minute_text} {'am' if hour < 12 else 'pm'}"
 
 
 def _measurement(rng: random.Random) -> tuple[str, dict[str, Any]]:

@@ -51,7 +51,9 @@ class Samples:
         """The given samples as a set of their own, with the counts of the whole."""
         chosen = list(indices)
         parts = [slice(self.offsets[i], self.offsets[i + 1]) for i in chosen]
-        return _flat([(self.tokens[p], self.weights[p], self.places[i]) for i, p in zip(chosen, parts, strict=True)], self.counts)
+        return _flat(
+            [(self.tokens[p], self.weights[p], self.places[i]) for i, p in zip(chosen, parts, strict=True)], self.counts
+        )
 
     def content_hash(self, index: int) -> int:
         """64 bits of the sample's tokens: the same wherever it stands in the file."""

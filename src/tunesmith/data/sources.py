@@ -11,7 +11,7 @@ from tunesmith.data.formats.base import Record
 from tunesmith.errors import UserError
 from tunesmith.types import Place
 
-DEMO_SAMPLES = {"train": 2000, "eval": 200}
+DEMO_SAMPLES = {"train": 1600, "eval": 200}
 
 
 def read_records(path: str, split: str = "train") -> Iterator[tuple[Record, Place]]:

@@ -78,7 +78,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"engine.device: {name!r} is not here: {str(error).splitlines()[0]}; try auto or cpu") from error
+        raise UserError(
+            f"engine.device: {name!r} is not here: {str(error).splitlines()[0]}; try auto or cpu"
+        ) from error
     return device
 
 

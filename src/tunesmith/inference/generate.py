@@ -49,7 +49,9 @@ class Generator:
 
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        worker = Thread(target=self._generate, args=([prompt], max_new_tokens), kwargs={"streamer": streamer, **sampling})
+        worker = Thread(
+            target=self._generate, args=([prompt], max_new_tokens), kwargs={"streamer": streamer, **sampling}
+        )
         worker.start()
         yield from streamer
         worker.join()

@@ -18,13 +18,17 @@ class Freeze(Method):
         found = blocks(model)
         first, last = self.config.first_blocks, self.config.last_blocks
         if max(first, last) > len(found):
-            raise UserError(f"method: the model has {len(found)} blocks, fewer than first_blocks {first} or last_blocks {last}")
+            raise UserError(
+                f"method: the model has {len(found)} blocks, fewer than first_blocks {first} or last_blocks {last}"
+            )
         for _, block in found[:first] + found[len(found) - last :]:
             block.requires_grad_(True)
         names = [name for name, _ in model.named_parameters()]
         for pattern in self.config.patterns:
             matched = [name for name in names if fnmatchcase(name, pattern)]
             if not matched:
-                raise UserError(f"method.patterns: {pattern!r} matches no parameter; names look like {', '.join(names[:3])}")
+                raise UserError(
+                    f"method.patterns: {pattern!r} matches no parameter; names look like {', '.join(names[:3])}"
+                )
             for name in matched:
                 model.get_parameter(name).requires_grad_(True)

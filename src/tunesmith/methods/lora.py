@@ -11,6 +11,7 @@ from torch import nn
 
 from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, Method
+from tunesmith.models.families import family_of
 
 
 class Lora(Method):
@@ -31,6 +32,7 @@ class Lora(Method):
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=config.targets if config.targets == "all-linear" else list(config.targets),
+            exclude_modules=list(family_of(model.config.model_type).lora_excluded) or None,
             modules_to_save=list(config.modules_to_save) or None,
             use_rslora=config.rslora,
             use_dora=config.dora,

@@ -120,7 +120,8 @@ def build_optimizer(config: Any, params: Mapping[str, Tensor], lr_multiple: Call
         decay = config.weight_decay if p.ndim >= 2 else 0.0
         grouped.setdefault((decay, lr_multiple(name)), []).append((name, p))
     groups: Groups = [
-        {"params": members, "weight_decay": decay, "lr_multiple": multiple} for (decay, multiple), members in grouped.items()
+        {"params": members, "weight_decay": decay, "lr_multiple": multiple}
+        for (decay, multiple), members in grouped.items()
     ]
     return Optimizer(OPTIMIZERS[config.name](groups, config))
 

@@ -27,9 +27,13 @@ def model_source(config: ModelConfig) -> str:
     folder = Path(config.path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{config.path}: no model: it holds no config.json; give the folder that save_pretrained wrote")
+            raise UserError(
+                f"{config.path}: no model: it holds no config.json; give the folder that save_pretrained wrote"
+            )
         if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-            raise UserError(f"{config.path}: no weights: it holds no *.safetensors; download or copy the checkpoint again")
+            raise UserError(
+                f"{config.path}: no weights: it holds no *.safetensors; download or copy the checkpoint again"
+            )
         return str(folder)
     looks_like_hub_id = config.path.count("/") <= 1 and not config.path.startswith((".", "/", "~"))
     if folder.exists() or not looks_like_hub_id:
@@ -41,7 +45,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with `model.chat_template` in place of its own if given."""
     from transformers import AutoTokenizer
 
-    source = model_source(config)
+    own = (Path(config.path) / "tokenizer_config.json").is_file()  # beside an adapter there is no model
+    source = config.path if own else model_source(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -93,6 +98,8 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     decoder_lists = [(name, module) for name, module in lists if len(module) == model.config.num_hidden_layers]
     if not decoder_lists:
-        raise UserError(f"{type(model).__name__}: no list of {model.config.num_hidden_layers} blocks found in the model")
+        raise UserError(
+            f"{type(model).__name__}: no list of {model.config.num_hidden_layers} blocks found in the model"
+        )
     name, found = min(decoder_lists, key=lambda pair: pair[0].count("."))
     return [(f"{name}.{index}", block) for index, block in enumerate(found)]

@@ -33,7 +33,7 @@ class Head:
     cap: float | None = None
 
     def transform(self, logits: Tensor) -> Tensor:
-        """Scale and cap, in place where autograd does not look."""
+        """Logits from the linear layer's output."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.cap is not None:
@@ -43,7 +43,10 @@ class Head:
 
 def score(model: nn.Module, head: Head, batch: Batch) -> Scores:
     """Score a batch. `logprobs_BT` is 0 where the batch's weight is 0: nothing is computed there."""
-    inputs = {"input_ids": batch.tokens_BT, "position_ids": batch.positions_BT, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": batch.tokens_BT, "use_cache": False}
+    if not _one_a_row(batch):
+        # from positions that restart, transformers makes the mask that keeps packed sequences apart
+        inputs["position_ids"] = batch.positions_BT
     target_BT = batch.weights_BT[:, 1:] != 0
     token_N = batch.tokens_BT[:, 1:][target_BT]
     if head.linear is None:
@@ -59,93 +62,88 @@ def score(model: nn.Module, head: Head, batch: Batch) -> Scores:
 
 def token_logprobs(hidden_ND: Tensor, token_N: Tensor, head: Head) -> Tensor:
     """log p(token | hidden) for each row, [N], in at least fp32, chunked over rows."""
-    linear = head.linear
-    rows = max(1, CHUNK_ELEMENTS // _vocabulary(linear))
+    linear: Any = head.linear
+    rows = max(1, CHUNK_ELEMENTS // linear.weight.shape[0])
     if type(linear) is nn.Linear:
-        return _LinearLogprobs.apply(
-            hidden_ND, linear.weight, linear.bias, token_N, head, _compute_dtype(linear.weight), rows, torch.is_grad_enabled()
-        )
+        dtype = _compute_dtype(linear.weight)
+        weight, bias = linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
+        return _LinearLogprobs.apply(hidden_ND, weight, bias, token_N, head, rows, torch.is_grad_enabled())
 
-    # an output layer that a method has wrapped (an adapter, a trained copy): same chunks, through the module itself
+    # an output layer that a method has wrapped (an adapter, a trained copy): the same chunks, through the module itself
     def of_chunk(hidden: Tensor, token: Tensor) -> Tensor:
-        logits = head.transform(_at_least_fp32(linear(hidden)))
-        return logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        return _gather_logprobs(linear(hidden), token, head)
 
     chunks = zip(hidden_ND.split(rows), token_N.split(rows), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([of_chunk(hidden, token) for hidden, token in chunks])
     return torch.cat([checkpoint(of_chunk, hidden, token, use_reentrant=False) for hidden, token in chunks])
 
 
 class _LinearLogprobs(torch.autograd.Function):
     """Chunked linear cross-entropy, per token and without the sign.
 
-    A token's log-probability depends on its own hidden state alone, so its gradient there, (onehot - p) W, is taken in
-    the forward pass, while the chunk's logits exist, and only scaled in the backward pass. A frozen head costs no second
-    product with the vocabulary; the gradient of a trained one is made from recomputed chunks.
+    A token's log-probability depends on its own hidden state alone, so under a frozen head its gradient there is taken
+    in the forward pass, while the chunk's logits exist, and only scaled in the backward pass: no second product with the
+    vocabulary. Under a trained head the backward pass makes each chunk again.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N: Tensor,
-        head: Head, dtype: torch.dtype, rows: int, with_grad: bool,
+        head: Head, rows: int, with_grad: bool,
     ) -> Tensor:  # fmt: skip
-        train_head = with_grad and (weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad))
-        grad_now = with_grad and hidden_ND.requires_grad and not train_head
-        compute_weight = weight_VD.to(dtype)
+        trained = with_grad and any(p is not None and p.requires_grad for p in (weight_VD, bias_V))
+        grad_now = with_grad and hidden_ND.requires_grad and not trained
         logprob_N = torch.empty(token_N.shape, dtype=_at_least_fp32(hidden_ND[:0]).dtype, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if grad_now else None
-        for start in range(0, len(token_N), rows):
-            part = slice(start, start + rows)
-            logits, slope = _logits(hidden_ND[part].to(dtype), compute_weight, bias_V, head)
-            logprob = logits.log_softmax(-1)
-            logprob_N[part] = logprob.gather(-1, token_N[part, None])[:, 0]
+        for part in _chunks(len(token_N), rows):
+            hidden = hidden_ND[part].detach().requires_grad_(grad_now)
+            with torch.set_grad_enabled(grad_now):
+                logprob = _chunk_logprobs(hidden, weight_VD, bias_V, token_N[part], head)
+            logprob_N[part] = logprob.detach()
             if grad_ND is not None:
-                grad_ND[part] = _grad_logits(logprob, token_N[part], slope).to(dtype) @ compute_weight
-        ctx.head, ctx.dtype, ctx.rows = head, dtype, rows
-        ctx.save_for_backward(*((grad_ND,) if not train_head else (hidden_ND, weight_VD, bias_V, token_N)))
-        ctx.train_head = train_head
+                (grad_ND[part],) = torch.autograd.grad(logprob, hidden, torch.ones_like(logprob))
+        ctx.head, ctx.rows, ctx.trained = head, rows, trained
+        ctx.save_for_backward(*((hidden_ND, weight_VD, bias_V, token_N) if trained else (grad_ND,)))
         return logprob_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.train_head:
+        if not ctx.trained:
             (grad_ND,) = ctx.saved_tensors
-            return (grad_ND * grad_N[:, None].to(grad_ND.dtype), *[None] * 7)
-        hidden_ND, weight_VD, bias_V, token_N = ctx.saved_tensors
-        compute_weight = weight_VD.to(ctx.dtype)
+            return (grad_ND * grad_N[:, None].to(grad_ND.dtype), *[None] * 6)
+        hidden_ND, *parameters, token_N = ctx.saved_tensors
+        weight_VD, bias_V = (None if p is None else p.detach().requires_grad_() for p in parameters)
+        wanted = [p for p in (weight_VD, bias_V) if p is not None]
         grad_ND = torch.empty_like(hidden_ND)
-        grad_VD = torch.zeros(weight_VD.shape, dtype=_at_least_fp32(weight_VD[:0]).dtype, device=weight_VD.device)
-        grad_V = None if bias_V is None else torch.zeros_like(grad_VD[:, 0])
-        for start in range(0, len(token_N), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            hidden = hidden_ND[part].to(ctx.dtype)
-            logits, slope = _logits(hidden, compute_weight, bias_V, ctx.head)
-            grad_logits = _grad_logits(logits.log_softmax(-1), token_N[part], slope).mul_(grad_N[part, None])
-            if grad_V is not None:
-                grad_V += grad_logits.sum(0)
-            low = grad_logits.to(ctx.dtype)
-            grad_ND[part] = low @ compute_weight
-            grad_VD += low.T @ hidden
-        bias_grad = None if grad_V is None else grad_V.to(bias_V.dtype)
-        return grad_ND, grad_VD.to(weight_VD.dtype), bias_grad, None, None, None, None, None
+        sums = [torch.zeros(p.shape, dtype=_at_least_fp32(p[:0]).dtype, device=p.device) for p in wanted]
+        for part in _chunks(len(token_N), ctx.rows):
+            hidden = hidden_ND[part].detach().requires_grad_()
+            with torch.enable_grad():
+                logprob = _chunk_logprobs(hidden, weight_VD, bias_V, token_N[part], ctx.head)
+            grad_ND[part], *grads = torch.autograd.grad(logprob, [hidden, *wanted], grad_N[part])
+            for total, grad in zip(sums, grads, strict=True):
+                total += grad
+        done = [total.to(p.dtype) for total, p in zip(sums, wanted, strict=True)]
+        return (grad_ND, *done, *[None] * (6 - len(done)))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Logits in at least fp32 and, where scaled or capped, their derivative by the raw product (else None)."""
-    raw = _at_least_fp32(nn.functional.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)))
-    logits = head.transform(raw)
-    if head.cap is not None:
-        return logits, head.scale * (1 - (logits / head.cap) ** 2)
-    return logits, None if head.scale == 1.0 else torch.full_like(raw[:1, :1], head.scale)
+def _chunk_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, head: Head) -> Tensor:
+    return _gather_logprobs(nn.functional.linear(hidden.to(weight.dtype), weight, bias), token, head)
 
 
-def _grad_logits(logprob: Tensor, token: Tensor, slope: Tensor | None) -> Tensor:
-    """d log p(token) / d raw logits = (onehot - p) · slope; overwrites `logprob`."""
-    grad = logprob.exp_().neg_()
-    grad[torch.arange(len(token), device=token.device), token] += 1
-    return grad if slope is None else grad.mul_(slope)
+def _gather_logprobs(raw_logits: Tensor, token: Tensor, head: Head) -> Tensor:
+    logits = head.transform(_at_least_fp32(raw_logits))
+    return logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+
+
+def _chunks(total: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
+
+
+def _one_a_row(batch: Batch) -> bool:
+    """One sequence a row, padded at its right: then a causal model needs no mask, and runs its faster kernel."""
+    columns = torch.arange(batch.positions_BT.shape[1], device=batch.positions_BT.device)
+    return bool(((batch.positions_BT == columns) | (batch.sequence_BT < 0)).all())
 
 
 def _from_model_logits(model: nn.Module, inputs: dict[str, Any], target_BT: Tensor, token_N: Tensor) -> Tensor:
@@ -163,7 +161,3 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-def _vocabulary(linear: nn.Module) -> int:
-    return linear.weight.shape[0]  # type: ignore[union-attr,index,return-value]

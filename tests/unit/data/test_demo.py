@@ -31,7 +31,7 @@ def test_a_shorter_list_begins_a_longer_one() -> None:
 def test_records_stay_the_same_between_releases() -> None:
     """Published scores are only comparable while this holds: change the digest only together with the docs' numbers."""
     text = json.dumps([demo_records("train", 300), demo_records("eval", 300)], sort_keys=True)
-    expected = "7b5ee7bdccd1463a921f8072d38387276bf1af783a6875a148a127d9ab83d4d9"
+    expected = "c1ace5568f1ae94dcb81317b95d064cf95b92692fe1a6b92bae9ba3c977a81f7"
     assert hashlib.sha256(text.encode()).hexdigest() == expected
 
 
@@ -81,21 +81,15 @@ def test_copied_facts_occur_in_the_sentence() -> None:
             assert f" {facts['value']} " in f" {sentence}"
 
 
-def test_times_of_day_are_told_in_three_ways() -> None:
-    times = {}
+def test_times_of_day_are_told_in_two_ways() -> None:
+    times: dict[str, list[str]] = {}
     for record in demo_records("train", 3000):
         facts = json.loads(record["messages"][2]["content"])
         if facts["kind"] == "appointment":
             times.setdefault(facts["time"], []).append(record["messages"][1]["content"])
-    assert any("half past three in the afternoon" in text.lower() for text in times["15:30"])
-    assert any("quarter to four in the afternoon" in text.lower() for text in times["15:45"])
-    assert any("quarter to one in the afternoon" in text.lower() for text in times["12:45"])
-    assert any("9 am" in text for text in times["09:00"])
-    assert any("12:30 pm" in text for text in times["12:30"])
-    assert any("noon" in text.lower() for text in times["12:00"])
-    spoken = {"half past three in the afternoon": "15:30", "3:30 pm": "15:30", "8 am": "08:00", "7:15 pm": "19:15"}
-    for words, time in spoken.items():
-        assert all(words not in text for other, texts in times.items() if other != time for text in texts)
+    for words, time in {"9 am": "09:00", "12:30 pm": "12:30", "7:15 pm": "19:15", "17:40": "17:40"}.items():
+        assert any(f" {words}" in text for text in times[time])
+        assert all(f" {words}" not in text for other, texts in times.items() if other != time for text in texts)
 
 
 @pytest.mark.parametrize(("noun", "plural"), [("desk lamp", "desk lamps"), ("battery", "batteries"), ("tray", "trays")])

@@ -27,7 +27,9 @@ def find_format(name: str, record: Record, place: Place) -> Format:
         if candidate.matches(record):
             return candidate
     wanted = "; or ".join(candidate.keys for candidate in candidates)
-    raise UserError(f"{place}: a record of no known form: it has the keys {', '.join(record) or '(none)'}; expected {wanted}")
+    raise UserError(
+        f"{place}: a record of no known form: it has the keys {', '.join(record) or '(none)'}; expected {wanted}"
+    )
 
 
 __all__ = ["FORMATS", "Format", "find_format"]
