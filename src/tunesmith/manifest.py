@@ -34,14 +34,14 @@ def describe(run: Run) -> list[tuple[str, str]]:
     held = weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
     alone = "one sequence a row" + (" (this model cannot keep two apart)" if config.data.pack else "")
     packing = "packed" if run.pack else alone
-    optimizer = config.optimizer
+    update = f"{config.optimizer.name}, {config.schedule.name}, lr {config.optimizer.lr:g}"
     return [
         ("model", f"{config.model.path} · {short_number(total)} parameters · {config.model.precision}"),
         ("method", f"{config.method.name} · {short_number(active)} parameters train ({active / total:.2%})"),
         ("objective", f"{config.objective.name} · {targets / len(samples.tokens):.0%} of the tokens are targets"),
         ("data", f"{config.data.path} · {len(samples)} samples{cut}{first_cut} · {len(run.held_out)} held out"),
         ("tokens", f"{short_number(len(samples.tokens))} an epoch · longest {samples.lengths().max()} · {packing}"),
-        ("steps", f"{run.steps} of {config.train.batch_size} samples · {optimizer.name}, {config.schedule.name}, lr {optimizer.lr:g}"),
+        ("steps", f"{run.steps} of {config.train.batch_size} samples · {update}"),
         ("engine", f"{config.engine.name} on {run.learner.engine.device} · {torch.get_num_threads()} threads"),
         (
             "memory",

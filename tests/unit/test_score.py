@@ -27,6 +27,7 @@ def reference(hidden: Tensor, token: Tensor, linear: nn.Linear, head: Head) -> T
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TRAINED_CHUNK_ELEMENTS", 5 * V)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 5 * V)  # 23 rows in chunks of 5: the last is ragged
 
 
@@ -34,8 +35,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 3.0)])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["linear", "wrapped"])
+@pytest.mark.parametrize("guess", ["right", "wrong", "none"])
 def test_logprobs_and_gradients_equal_torch(
-    trained: bool, bias: bool, scale: float, cap: float | None, wrapped: bool
+    trained: bool, bias: bool, scale: float, cap: float | None, wrapped: bool, guess: str
 ) -> None:
     linear = nn.Linear(D, V, bias=bias, dtype=torch.float64).requires_grad_(trained)
     module_of_head = nn.Sequential(linear) if wrapped else linear
@@ -45,9 +47,10 @@ def test_logprobs_and_gradients_equal_torch(
     hidden, token = torch.randn(N, D, dtype=torch.float64), torch.randint(0, V, (N,))
     upstream = torch.randn(N, dtype=torch.float64)
 
+    weights = {"right": upstream * -3, "wrong": torch.ones(N, dtype=torch.float64), "none": None}[guess]
     found, expected = [], []
     for compute, results in (
-        (lambda h: token_logprobs(h, token, head), found),
+        (lambda h: token_logprobs(h, token, head, weights), found),
         (lambda h: reference(h, token, linear, head), expected),
     ):
         linear.zero_grad()

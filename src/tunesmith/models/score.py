@@ -19,6 +19,10 @@ from tunesmith.types import Batch, Scores
 CHUNK_ELEMENTS = 2**23
 """Logits held at once. 2^23 fp32 logits are 32 MiB: large enough for the matrix product to run at full speed."""
 
+TRAINED_CHUNK_ELEMENTS = 2**26
+"""The same under a trained head, where each chunk also adds to a [V, D] gradient: at most as many rows as make the chunk
+as large as that gradient, and at most 256 MiB."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -54,20 +58,28 @@ def score(model: nn.Module, head: Head, batch: Batch) -> Scores:
     else:
         decoder: Any = model.get_decoder()  # type: ignore[operator]
         hidden_ND = decoder(**inputs)[0][:, :-1][target_BT]
-        logprob_N = token_logprobs(hidden_ND, token_N, head)
+        logprob_N = token_logprobs(hidden_ND, token_N, head, batch.weights_BT[:, 1:][target_BT])
     logprobs_BT = torch.zeros(batch.tokens_BT.shape, dtype=logprob_N.dtype, device=logprob_N.device)
     logprobs_BT[:, 1:] = logprobs_BT[:, 1:].masked_scatter(target_BT, logprob_N)
     return Scores(logprobs_BT)
 
 
-def token_logprobs(hidden_ND: Tensor, token_N: Tensor, head: Head) -> Tensor:
-    """log p(token | hidden) for each row, [N], in at least fp32, chunked over rows."""
+def token_logprobs(hidden_ND: Tensor, token_N: Tensor, head: Head, weight_N: Tensor | None = None) -> Tensor:
+    """log p(token | hidden) for each row, [N], in at least fp32, chunked over rows.
+
+    `weight_N`: how the loss is likely to weigh the rows. A right guess saves work under a trained head; a wrong one
+    costs nothing but that.
+    """
     linear: Any = head.linear
-    rows = max(1, CHUNK_ELEMENTS // linear.weight.shape[0])
+    vocabulary, width = linear.weight.shape
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+    if linear.weight.requires_grad:
+        rows = max(rows, min(width, TRAINED_CHUNK_ELEMENTS // vocabulary))
     if type(linear) is nn.Linear:
         dtype = _compute_dtype(linear.weight)
         weight, bias = linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
-        return _LinearLogprobs.apply(hidden_ND, weight, bias, token_N, head, rows, torch.is_grad_enabled())
+        guess_N = torch.ones(token_N.shape, device=token_N.device) if weight_N is None else weight_N
+        return _LinearLogprobs.apply(hidden_ND, weight, bias, token_N, guess_N, head, rows, torch.is_grad_enabled())
 
     # an output layer that a method has wrapped (an adapter, a trained copy): the same chunks, through the module itself
     def of_chunk(hidden: Tensor, token: Tensor) -> Tensor:
@@ -80,19 +92,27 @@ def token_logprobs(hidden_ND: Tensor, token_N: Tensor, head: Head) -> Tensor:
 class _LinearLogprobs(torch.autograd.Function):
     """Chunked linear cross-entropy, per token and without the sign.
 
-    A token's log-probability depends on its own hidden state alone, so under a frozen head its gradient there is taken
-    in the forward pass, while the chunk's logits exist, and only scaled in the backward pass: no second product with the
-    vocabulary. Under a trained head the backward pass makes each chunk again.
+    The gradients are taken in the forward pass, while a chunk's logits exist, so that no product with the vocabulary is
+    done twice. That is exact for the hidden states: a token's log-probability depends on its own alone, and the backward
+    pass only scales. The head's gradient is a sum over tokens, so it needs their weights in the loss beforehand: it is
+    taken for the guess, and used if the true weights turn out to be a multiple of it (as in every likelihood); if not,
+    the backward pass makes the chunks again.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N: Tensor,
-        head: Head, rows: int, with_grad: bool,
+        guess_N: Tensor, head: Head, rows: int, with_grad: bool,
     ) -> Tensor:  # fmt: skip
         trained = with_grad and any(p is not None and p.requires_grad for p in (weight_VD, bias_V))
-        grad_now = with_grad and hidden_ND.requires_grad and not trained
+        ctx.head, ctx.rows, ctx.trained = head, rows, trained
         logprob_N = torch.empty(token_N.shape, dtype=_at_least_fp32(hidden_ND[:0]).dtype, device=hidden_ND.device)
+        if trained:
+            upstream_N = guess_N.to(logprob_N.dtype)
+            grads = _gradients(hidden_ND, weight_VD, bias_V, token_N, upstream_N, head, rows, logprob_N)
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N, upstream_N, *grads)
+            return logprob_N
+        grad_now = with_grad and hidden_ND.requires_grad
         grad_ND = torch.empty_like(hidden_ND) if grad_now else None
         for part in _chunks(len(token_N), rows):
             hidden = hidden_ND[part].detach().requires_grad_(grad_now)
@@ -101,8 +121,7 @@ class _LinearLogprobs(torch.autograd.Function):
             logprob_N[part] = logprob.detach()
             if grad_ND is not None:
                 (grad_ND[part],) = torch.autograd.grad(logprob, hidden, torch.ones_like(logprob))
-        ctx.head, ctx.rows, ctx.trained = head, rows, trained
-        ctx.save_for_backward(*((hidden_ND, weight_VD, bias_V, token_N) if trained else (grad_ND,)))
+        ctx.save_for_backward(grad_ND)
         return logprob_N
 
     @staticmethod
@@ -110,21 +129,41 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.trained:
             (grad_ND,) = ctx.saved_tensors
-            return (grad_ND * grad_N[:, None].to(grad_ND.dtype), *[None] * 6)
-        hidden_ND, *parameters, token_N = ctx.saved_tensors
-        weight_VD, bias_V = (None if p is None else p.detach().requires_grad_() for p in parameters)
-        wanted = [p for p in (weight_VD, bias_V) if p is not None]
-        grad_ND = torch.empty_like(hidden_ND)
-        sums = [torch.zeros(p.shape, dtype=_at_least_fp32(p[:0]).dtype, device=p.device) for p in wanted]
-        for part in _chunks(len(token_N), ctx.rows):
-            hidden = hidden_ND[part].detach().requires_grad_()
-            with torch.enable_grad():
-                logprob = _chunk_logprobs(hidden, weight_VD, bias_V, token_N[part], ctx.head)
-            grad_ND[part], *grads = torch.autograd.grad(logprob, [hidden, *wanted], grad_N[part])
-            for total, grad in zip(sums, grads, strict=True):
-                total += grad
-        done = [total.to(p.dtype) for total, p in zip(sums, wanted, strict=True)]
-        return (grad_ND, *done, *[None] * (6 - len(done)))
+            return (grad_ND * grad_N[:, None].to(grad_ND.dtype), *[None] * 7)
+        hidden_ND, weight_VD, bias_V, token_N, guess_N, *grads = ctx.saved_tensors
+        factor = (grad_N * guess_N).sum() / (guess_N * guess_N).sum().clamp(min=1e-30)
+        if torch.allclose(grad_N, factor * guess_N, rtol=1e-5, atol=0.0):
+            grads = [grad.mul_(factor) for grad in grads]
+        else:
+            grads = _gradients(hidden_ND, weight_VD, bias_V, token_N, grad_N, ctx.head, ctx.rows)
+        done = [grad.to(like.dtype) for grad, like in zip(grads, (hidden_ND, weight_VD, weight_VD), strict=False)]
+        return (*done, *[None] * (8 - len(done)))
+
+
+def _gradients(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N: Tensor, upstream_N: Tensor,
+    head: Head, rows: int, logprob_N: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of (logprob · upstream) by hidden states, weight and bias, made chunk by chunk and summed in fp32.
+
+    Fills `logprob_N` on the way if it is given.
+    """
+    wanted = [p.detach().requires_grad_() for p in (weight_VD, bias_V) if p is not None]
+    weight, bias = wanted[0], wanted[1] if bias_V is not None else None
+    grad_ND = torch.empty_like(hidden_ND)
+    sums: list[Tensor] = []
+    for part in _chunks(len(token_N), rows):
+        hidden = hidden_ND[part].detach().requires_grad_()
+        with torch.enable_grad():
+            logprob = _chunk_logprobs(hidden, weight, bias, token_N[part], head)
+        if logprob_N is not None:
+            logprob_N[part] = logprob.detach()
+        grad_ND[part], *grads = torch.autograd.grad(logprob, [hidden, *wanted], upstream_N[part])
+        if sums:
+            torch._foreach_add_(sums, [_at_least_fp32(grad) for grad in grads])
+        else:
+            sums = [_at_least_fp32(grad) for grad in grads]
+    return [grad_ND, *(sums or [torch.zeros_like(p) for p in wanted])]
 
 
 def _chunk_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, head: Head) -> Tensor:

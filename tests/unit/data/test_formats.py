@@ -110,12 +110,12 @@ def test_prompt_and_completion_as_strings_are_plain_text() -> None:
             [("user", "Add."), ("assistant", "4")],
         ),
         (
-            {"conversations": [{"from": "system", "value": "S"}, {"from": "user", "value": "Q"}, {"from": "bot", "value": "A"}]},
-            [("system", "S"), ("user", "Q"), ("assistant", "A")],
+            {"conversations": [{"from": role, "value": role.upper()} for role in ("system", "user", "bot", "human", "gpt")]},
+            [("system", "SYSTEM"), ("user", "USER"), ("assistant", "BOT"), ("user", "HUMAN"), ("assistant", "GPT")],
         ),
         (
-            {"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": "Q"}, {"role": "model", "content": None}]},
-            [("system", "S"), ("user", "Q"), ("assistant", "")],
+            {"messages": [{"role": role, "content": None} for role in ("developer", "user", "model")]},
+            [("system", ""), ("user", ""), ("assistant", "")],
         ),
         ({"messages": [{"role": "user", "content": "Q"}]}, [("user", "Q")]),
     ],

