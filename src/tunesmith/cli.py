@@ -29,7 +29,6 @@ def train(
 ) -> None:
     """Fine-tune a model: tunesmith train run.yaml method.rank=8."""
     from tunesmith.config_file import load_config
-    from tunesmith.run import resume_config
     from tunesmith.run import train as run
     from tunesmith.run_folder import RunFolder
 
@@ -37,7 +36,8 @@ def train(
     file = Path(words.pop(0)) if words and "=" not in words[0] else None
     if resume is not None:
         RunFolder(resume).read_config()
-        run(resume_config(resume, load_config(file or resume / "config.yaml", words)), resume=True)
+        config = load_config(file or resume / "config.yaml", words)
+        run(config.model_copy(update={"output": str(resume)}), resume=True)
     elif file is None:
         raise UserError("give a configuration: tunesmith train run.yaml (or --resume FOLDER)")
     else:
@@ -48,7 +48,7 @@ def train(
 def chat(
     path: Annotated[str, typer.Argument(help="A run's folder, a model folder, or demo.")],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
 ) -> None:
     """Talk to a model in the terminal."""
@@ -66,8 +66,8 @@ def generate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where to write prompt, answer and expected, as .jsonl.")
     ],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
 ) -> None:
     """Answer every record of a file."""
     from tunesmith.inference.files import generate_file
@@ -94,7 +94,7 @@ def schema() -> None:
 
 
 @config_app.command()
-def show(file: Path, overrides: Overrides = None) -> None:
+def show(file: Annotated[Path, typer.Argument(help="A run.yaml.")], overrides: Overrides = None) -> None:
     """Print the resolved configuration."""
     from tunesmith.config_file import dump_config, load_config
 

@@ -50,7 +50,7 @@ class ModelConfig(PathSection):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention implementation in transformers' terms; auto lets transformers choose."""
     chat_template: str | None = None
-    """A Jinja file to use in place of the tokenizer's own chat template."""
+    """A Jinja file, or `chatml`, to use in place of the tokenizer's own chat template."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
 
@@ -176,6 +176,8 @@ class SgdConfig(OptimizerSection):
 
     lr_factor: ClassVar[float] = 1000.0
     name: Literal["sgd"] = "sgd"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 penalty, added to the gradient as torch does; never on norms, biases and other vectors."""
     momentum: Share = 0.0
     """Heavy-ball momentum."""
 
@@ -302,21 +304,28 @@ class LogConfig(Section):
     """Write TensorBoard files. Default: where tensorboard is installed."""
 
 
-def _name_alone(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+def _named(default: str) -> BeforeValidator:
+    """`method: lora` means `method: {name: lora}`, and `method: {rank: 8}` means the default method with that rank."""
+
+    def name(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": default, **value} if isinstance(value, dict) else value
+
+    return BeforeValidator(name)
 
 
-def axis(union: Any) -> Any:
-    """A choice by `name`; `method: lora` means `method: {name: lora}`."""
-    return Annotated[union, Field(discriminator="name"), BeforeValidator(_name_alone)]
+def axis(union: Any, default: str) -> Any:
+    """A choice by `name`."""
+    return Annotated[union, Field(discriminator="name"), _named(default)]
 
 
-Objective = axis(SftConfig | PretrainConfig)
-Method = axis(FullConfig | FreezeConfig | LoraConfig)
-Optimizer = axis(AdamWConfig | AdamW8bitConfig | SgdConfig | AdafactorConfig | MuonConfig | LionConfig)
-Schedule = axis(ConstantConfig | LinearConfig | CosineConfig | WsdConfig)
+Objective = axis(SftConfig | PretrainConfig, "sft")
+Method = axis(FullConfig | FreezeConfig | LoraConfig, "lora")
+Optimizer = axis(AdamWConfig | AdamW8bitConfig | SgdConfig | AdafactorConfig | MuonConfig | LionConfig, "adamw")
+Schedule = axis(ConstantConfig | LinearConfig | CosineConfig | WsdConfig, "cosine")
 # pydantic discriminates between two or more classes; with one, its Literal name does the same.
-Engine = Annotated[SingleConfig, BeforeValidator(_name_alone)]
+Engine = Annotated[SingleConfig, _named("single")]
 
 
 class RunConfig(Section):

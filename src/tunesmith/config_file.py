@@ -16,6 +16,15 @@ from tunesmith.errors import UserError
 
 Keys = tuple[str, ...]
 
+HUMAN_TYPES = {
+    "model_type": "settings of its own (key: value)",
+    "model_attributes_type": "settings of its own (key: value)",
+    "dict_type": "settings of its own (key: value)",
+    "tuple_type": "a list",
+    "string_type": "text",
+}
+"""pydantic's error types whose own messages speak of Python."""
+
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's configuration. Raises UserError with one line per mistake."""
@@ -79,7 +88,8 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[Keys, str]]:
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{file}:{line}: not valid YAML: {problem}; check indentation and quotes") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{file}:1: expected keys such as model, data and output, found {type(tree).__name__}")
+        found = "nothing" if tree is None else type(tree).__name__
+        raise UserError(f"{file}:1: expected keys such as model, data and output, found {found}")
     places: dict[Keys, str] = {}
     _mark(root, (), file, places)
     return tree, places
@@ -106,6 +116,8 @@ def _override(tree: dict[str, Any], places: dict[Keys, str], text: str) -> None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"{text!r}: the value is not valid YAML; quote it") from error
+    for depth in range(1, len(keys)):
+        places.setdefault(keys[:depth], f"override {text}")
     for depth, key in enumerate(keys[:-1], start=1):
         below = tree.get(key)
         if not isinstance(below, dict):
@@ -121,8 +133,15 @@ def _validate(tree: dict[str, Any], places: dict[Keys, str], file: str) -> RunCo
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(problem, tree, places, file) for problem in error.errors()]
-        raise UserError("\n".join(problems)) from None
+        problems: dict[str, str] = {}  # one line a setting: of a union's members each complains
+        for problem in error.errors():
+            line = _explain(problem, tree, places, file)
+            problems.setdefault(_setting(problem, tree), line)
+        raise UserError("\n".join(problems.values())) from None
+
+
+def _setting(problem: Any, tree: dict[str, Any]) -> str:
+    return ".".join(part for part in _config_path(problem["loc"], tree) if not part.isdigit())
 
 
 def _explain(problem: Any, tree: dict[str, Any], places: dict[Keys, str], file: str) -> str:
@@ -133,11 +152,12 @@ def _explain(problem: Any, tree: dict[str, Any], places: dict[Keys, str], file: 
         return f"{place}: {name}: unknown{_nearest(path[-1], _section(path[:-1], tree).model_fields)}"
     if kind == "missing":
         return f"{place}: {name}: missing; add it"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
+    if kind == "union_tag_invalid":
         names = [m.model_fields["name"].default for m in _members(RunConfig.model_fields[path[0]].annotation)]
-        if kind == "union_tag_not_found":
-            return f"{place}: {name}.name: missing; one of {', '.join(names)}"
         return f"{place}: {name}: unknown name {problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], names)}"
+    if kind in HUMAN_TYPES:
+        found = "nothing" if problem["input"] is None else repr(problem["input"])
+        return f"{place}: {name}: expected {HUMAN_TYPES[kind]}, got {found}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = "" if isinstance(problem["input"], dict | BaseModel) else f", got {problem['input']!r}"

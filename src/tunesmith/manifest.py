@@ -62,6 +62,7 @@ def manifest(run: Run, facts: list[tuple[str, str]]) -> dict[str, Any]:
         "base_weights_hash": weights_hash(model_source(run.config.model)),
         "chat_template_hash": text_hash(run.tokenizer.chat_template),
         "data_fingerprint": run.samples.fingerprint(),
+        "held_out_fingerprint": run.held_out.fingerprint(),
         "packed": run.pack,
         "header": facts,
     }

@@ -26,7 +26,7 @@ from tunesmith.hooks import Checkpoint, Evaluate, Log
 from tunesmith.interrupt import StopRequest
 from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
-from tunesmith.manifest import describe, manifest
+from tunesmith.manifest import describe, manifest, weights_hash
 from tunesmith.methods import METHODS, NonFiniteError, build_method
 from tunesmith.models.load import load_model, load_tokenizer, model_source
 from tunesmith.models.probe import isolates_sequences
@@ -70,8 +70,10 @@ class Result:
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Result:
     """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend."""
     console = console or Console(stderr=True)
-    folder = RunFolder(Path(config.output))
-    if not resume:
+    folder = RunFolder(Path(config.output).expanduser())
+    if resume:
+        config = _same_as_before(folder, config)
+    else:
         folder.check_free()
     check(config)
     run = build(config)
@@ -111,19 +113,18 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     return Result(folder.path, step, step == run.steps, evaluate.losses)
 
 
-def resume_config(folder: Path, config: RunConfig) -> RunConfig:
+def _same_as_before(folder: RunFolder, config: RunConfig) -> RunConfig:
     """`config` for going on with the run in `folder`. Raises UserError that lists the settings that must not differ."""
-    before = RunFolder(folder).read_config()
+    before = folder.read_config()
     if config.model.precision == "auto":
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"precision": before.model.precision})}
         )
-    config = config.model_copy(update={"output": str(folder)})
-    before = before.model_copy(update={"output": str(folder)})
+    before = before.model_copy(update={"output": config.output})
     refused = [line for line in differing_keys(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
     if refused:
         raise UserError(
-            f"{folder}: this run was made with other settings:\n  " + "\n  ".join(refused) + "\n"
+            f"{folder.path}: this run was made with other settings:\n  " + "\n  ".join(refused) + "\n"
             "put them back, or start a new run in another output folder"
         )
     return config
@@ -151,9 +152,9 @@ def check(config: RunConfig) -> None:
     template = config.model.chat_template
     if template and template != "chatml" and not Path(template).is_file():
         raise UserError(f"model.chat_template: {template}: no such file; give a Jinja file, or chatml")
-    for path in (config.data.path, config.data.eval_path):
+    for setting, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
         if path not in (None, "demo"):
-            check_data_file(path)
+            check_data_file(path, setting)
     model_source(config.model)
 
 
@@ -168,6 +169,7 @@ def build(config: RunConfig) -> Run:
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     model = load_model(config.model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    _check_fits(config, model, samples, held_out)
     pack = (config.data.pack if config.data.pack is not None else device.type != "cpu") and isolates_sequences(model)
     learner = Learner(
         model, build_engine(config.engine, precision), build_method(config), config.train.micro_batch_tokens
@@ -180,17 +182,39 @@ def build(config: RunConfig) -> Run:
     return Run(config, tokenizer, objective, samples, held_out, learner, pack, data, steps)
 
 
+def _check_fits(config: RunConfig, model: Any, *sets: Samples) -> None:
+    """Positions and token ids that the model knows. Raises UserError."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows = model.get_input_embeddings().weight.shape[0]
+    for samples in sets:
+        if positions and len(samples) and samples.lengths().max() > positions:
+            raise UserError(
+                f"data.max_tokens: the longest sample has {samples.lengths().max()} tokens, but the model knows {positions} "
+                f"positions; set data.max_tokens to {positions} at most"
+            )
+        if len(samples) and samples.tokens.max() >= rows:
+            raise UserError(
+                f"{config.model.path}: the tokenizer gives token id {samples.tokens.max()}, but the model has {rows} "
+                "embeddings: they do not belong together"
+            )
+
+
 def _restore(run: Run, folder: RunFolder, console: Console) -> int:
     """Load the newest whole checkpoint; returns its step, or 0 if the run died before its first one."""
-    before = folder.read_manifest().get("data_fingerprint")
-    if before not in (None, run.samples.fingerprint()):
-        raise UserError(
-            f"{run.config.data.path}: the data has changed since {folder.path} was begun; put it back, or start anew"
-        )
+    before = folder.read_manifest()
+    for what, key, now in (
+        (run.config.data.path, "data_fingerprint", run.samples.fingerprint()),
+        (run.config.data.eval_path or run.config.data.path, "held_out_fingerprint", run.held_out.fingerprint()),
+        (run.config.model.path, "base_weights_hash", weights_hash(model_source(run.config.model))),
+    ):
+        if before.get(key) not in (None, now):
+            raise UserError(f"{what}: has changed since {folder.path} was begun; put it back, or start anew")
     found = load_newest(folder.checkpoints, lambda text: console.print(text, style="yellow", markup=False))
     if found is None:
         return 0
     step, state = found
+    if step > run.steps:
+        raise UserError(f"train.steps: {run.steps} are to be done, but {folder.path} has done {step}; ask for more")
     run.learner.method.load_state_dict(state)
     return step
 

@@ -51,6 +51,9 @@ class RunFolder:
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path}: exists and is no empty folder; choose another output")
+        above = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not above.is_dir():
+            raise UserError(f"{self.path}: {above} is a file; choose another output")
 
     def claim(self, config: RunConfig) -> None:
         """Make the folder and write the resolved configuration into it."""
@@ -72,11 +75,15 @@ class RunFolder:
 def write_text(file: Path, text: str) -> None:
     """Write a whole file or nothing."""
     aside = file.with_name(f".{file.name}.writing")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
+    try:
+        with aside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{file}: could not be written: {error}") from error
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -112,8 +119,13 @@ class EventLog:
 
     def write(self, event: str, **fields: Any) -> None:
         """Append `{"event": event, "time": …, **fields}`."""
-        self.stream.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
-        self.stream.flush()
+        try:
+            self.stream.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+            self.stream.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.stream.name}: could not be written: {error}; make room, then go on with --resume"
+            ) from error
         if self.writer and event in ("step", "eval"):
             for name, value in fields.items():
                 if name != "step":

@@ -7,26 +7,26 @@ from collections.abc import Callable
 from typing import Any
 
 
-def _constant(config: Any, done: float) -> float:
+def _constant(config: Any, done: float, share: float) -> float:
     return 1.0
 
 
-def _linear(config: Any, done: float) -> float:
+def _linear(config: Any, done: float, share: float) -> float:
     return config.final_fraction + (1 - config.final_fraction) * (1 - done)
 
 
-def _cosine(config: Any, done: float) -> float:
+def _cosine(config: Any, done: float, share: float) -> float:
     return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _wsd(config: Any, done: float) -> float:
+def _wsd(config: Any, done: float, share_after_warmup: float) -> float:
     if not config.decay_fraction:
         return 1.0
-    left = min(1.0, (1 - done) / config.decay_fraction)
+    left = min(1.0, (1 - done) * share_after_warmup / config.decay_fraction)
     return config.final_fraction + (1 - config.final_fraction) * left
 
 
-SCHEDULES: dict[str, Callable[[Any, float], float]] = {
+SCHEDULES: dict[str, Callable[[Any, float, float], float]] = {
     "constant": _constant,
     "linear": _linear,
     "cosine": _cosine,
@@ -44,6 +44,6 @@ def build_schedule(config: Any, peak_lr: float, steps: int) -> Callable[[int], f
     def lr(step: int) -> float:
         if step < warmup:
             return peak_lr * (step + 1) / warmup
-        return peak_lr * shape(config, min(1.0, (step - warmup) / max(1, steps - warmup)))
+        return peak_lr * shape(config, min(1.0, (step - warmup) / max(1, steps - warmup)), (steps - warmup) / steps)
 
     return lr

@@ -7,6 +7,7 @@ the same record with one sequence a row.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -96,12 +97,12 @@ class Batch:
         A row, or rows that share a group, that alone exceed the budget form one micro-batch.
         """
         ends = self.row_ends()
+        cuts = [row for row in range(1, len(ends)) if not self._one_group_across(row)] + [len(ends)]
         pieces, start = [], 0
-        for row in range(1, len(ends)):
-            too_many = (row + 1 - start) * max(ends[start : row + 1]) > micro_batch_tokens
-            if too_many and not self._one_group_across(row):
-                pieces.append(self.rows(start, row))
-                start = row
+        for cut, following in pairwise(cuts):
+            if (following - start) * max(ends[start:following]) > micro_batch_tokens:
+                pieces.append(self.rows(start, cut))
+                start = cut
         return [*pieces, self.rows(start, len(ends))]
 
     def _one_group_across(self, row: int) -> bool:

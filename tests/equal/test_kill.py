@@ -15,7 +15,7 @@ from tests.product.test_product import equal_bits, final_state, losses
 from tunesmith.config import RunConfig
 from tunesmith.config_file import config_from_dict
 from tunesmith.engines.checkpoint import checkpoints
-from tunesmith.run import resume_config, train
+from tunesmith.run import train
 from tunesmith.run_folder import RunFolder
 
 STEPS, KILLS = 120, 10
@@ -26,7 +26,7 @@ def child(tree: dict[str, Any]) -> None:
     config = config_from_dict(tree)
     folder = Path(config.output)
     if RunFolder(folder).config.exists():
-        train(resume_config(folder, config), resume=True)
+        train(config, resume=True)
     else:
         train(config)
 
@@ -60,7 +60,7 @@ def test_killed_at_ten_random_instants(make_config: Callable[..., RunConfig], tm
         deaths += process.exitcode == -9
     assert deaths == KILLS, "the run was too short to be killed in"
     if not RunFolder(Path(killed.output)).model.is_dir():
-        train(resume_config(Path(killed.output), killed), resume=True)
+        train(killed, resume=True)
 
     assert equal_bits(final_state(Path(undisturbed.output)), final_state(Path(killed.output)))
     assert losses(Path(killed.output)) == losses(Path(undisturbed.output))

@@ -19,7 +19,7 @@ from tunesmith.engines.checkpoint import load_newest
 from tunesmith.methods import METHODS
 from tunesmith.methods.optim import OPTIMIZERS
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.run import build, resume_config, train
+from tunesmith.run import build, train
 from tunesmith.run_folder import read_events
 
 SETTINGS: dict[str, dict[str, Any]] = {"freeze": {"last_blocks": 1}, "lora": {"rank": 4}}
@@ -91,7 +91,7 @@ def test_resuming_gives_the_same_bits(
         (second / name).write_bytes((Path(whole.output) / name).read_bytes())
     (second / "checkpoints").mkdir()
     (Path(whole.output) / "checkpoints/step-3").rename(second / "checkpoints/step-3")
-    train(resume_config(second, whole), resume=True)
+    train(whole.model_copy(update={"output": str(second)}), resume=True)
     assert equal_bits(final_state(Path(whole.output)), final_state(second))
     assert losses(Path(whole.output))[3:] == losses(second)
 
@@ -111,7 +111,7 @@ def test_every_optimizer_learns_and_resumes(
     for path in (result.folder / "checkpoints").glob("step-6/*"):
         path.unlink()
     (result.folder / "checkpoints/step-6").rmdir()
-    train(resume_config(result.folder, config), resume=True)
+    train(config, resume=True)
     assert equal_bits(whole, final_state(result.folder))
     assert losses(result.folder) == found
 

@@ -13,7 +13,7 @@ import torch
 from tunesmith.config import RunConfig
 from tunesmith.engines.checkpoint import checkpoints, load_newest, save_checkpoint
 from tunesmith.errors import UserError
-from tunesmith.run import resume_config, train
+from tunesmith.run import train
 
 
 def state(value: float) -> dict[str, Any]:
@@ -112,5 +112,5 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(make_config: Cal
     first = train(config)
     expected = (first.folder / "model/adapter_model.safetensors").read_bytes()
     flip_a_byte(first.folder / "checkpoints/step-4/state.pt")
-    train(resume_config(first.folder, config), resume=True)
+    train(config, resume=True)
     assert (first.folder / "model/adapter_model.safetensors").read_bytes() == expected

@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from tunesmith.config import RunConfig, Section
+from tunesmith.config import LoraConfig, RunConfig, Section
 from tunesmith.config_file import config_from_dict, differing_keys, dump_config, json_schema, load_config
 from tunesmith.data.formats import FORMATS
 from tunesmith.engines import ENGINES
@@ -227,8 +227,11 @@ def test_what_is_missing_is_named() -> None:
 
 
 @pytest.mark.parametrize("form", ["method:\n  rank: 4\n", "method: {rank: 4}\n"])
-def test_a_choice_without_its_name(form: str) -> None:
-    assert refusal(SHORTEST + form) == "run.yaml:4: method.name: missing; one of full, freeze, lora"
+def test_a_choice_without_its_name_is_the_default_one(form: str) -> None:
+    Path("run.yaml").write_text(SHORTEST + form)
+    assert load_config("run.yaml").method == LoraConfig(rank=4, alpha=8.0)
+    Path("run.yaml").write_text(SHORTEST)
+    assert load_config("run.yaml", ["method.rank=4"]).method == LoraConfig(rank=4, alpha=8.0)
 
 
 def test_several_mistakes_each_have_a_line() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from tests.families import FAMILIES, ISOLATING, make_model
 from tunesmith.models.load import blocks

@@ -30,20 +30,25 @@ def read_records(path: str, split: str = "train") -> Iterator[tuple[Record, Plac
     for record, line in READERS[file.suffix](file):
         place = Place(path, line)
         if not isinstance(record, dict):
-            raise UserError(f"{place}: expected an object with keys, found {type(record).__name__}")
+            hint = (
+                " (a whole JSON array? name the file .json)"
+                if isinstance(record, list) and file.suffix == ".jsonl"
+                else ""
+            )
+            raise UserError(f"{place}: expected an object with keys, found {type(record).__name__}{hint}")
         found = True
         yield record, place
     if not found:
         raise UserError(f"{path}: no records; give a file with at least one sample")
 
 
-def check_data_file(path: str) -> Path:
+def check_data_file(path: str, setting: str = "the path") -> Path:
     """The file, if it is there and of a kind that can be read."""
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.exists():
-        raise UserError(f"{path}: no such data file; check data.path (now in {Path.cwd()})")
+        raise UserError(f"{path}: no such data file; check {setting} (now in {Path.cwd()})")
     if file.is_dir():
-        raise UserError(f"{path}: a folder; name one file of it in data.path")
+        raise UserError(f"{path}: a folder; give one file of it as {setting}")
     if file.suffix not in READERS:
         raise UserError(f"{path}: unknown suffix {file.suffix!r}; readable: {', '.join(READERS)}")
     if file.stat().st_size == 0:
@@ -69,9 +74,9 @@ def _jsonl(file: Path) -> Iterator[tuple[Any, int]]:
                 yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), number
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}:{number}: not UTF-8 text; save the file as UTF-8") from error
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 hint = " (a whole JSON array? name the file .json)" if number == 1 and line.lstrip()[:1] == b"[" else ""
-                what = getattr(error, "msg", "nested too deeply")
+                what = getattr(error, "msg", "nested too deeply" if isinstance(error, RecursionError) else str(error))
                 raise UserError(f"{file}:{number}: not JSON: {what}; one object per line is expected{hint}") from error
 
 
@@ -104,7 +109,7 @@ def _parquet(file: Path) -> Iterator[tuple[Any, int]]:
 
 
 def _txt(file: Path) -> Iterator[tuple[Any, int]]:
-    for number, line in enumerate(_decode(file).split("\n"), start=1):
+    for number, line in enumerate(_decode(file).replace("\r\n", "\n").split("\n"), start=1):
         if line.strip():
             yield {"text": line}, number
 

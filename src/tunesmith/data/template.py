@@ -7,6 +7,7 @@ first difference shown.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,21 @@ class Renderer:
             if piece.learn and piece.text:
                 spans.append((len(text), len(text) + len(piece.text)))
             text += piece.text
-        tokens, weights = self._tokenize(text, spans, add_special_tokens=True)
+        tokens, weights = self._tokenize(text, spans, add_special_tokens=True, place=example.place)
         eos = self.tokenizer.eos_token_id
-        if eos is not None and spans and tokens[-1:] != [eos]:
-            tokens, weights = [*tokens, eos], [*weights, 1.0]
+        if eos is not None and spans:
+            if tokens[-1:] != [eos]:
+                tokens, weights = [*tokens, eos], [*weights, 1.0]
+            weights[-1] = 1.0
         return Rendered(tokens, weights)
 
     def _conversation(self, example: Example) -> Rendered:
         messages = [{"role": message.role, "content": message.content} for message in example.messages]
-        if "{% generation %}" in self._template(example.place) or "{%- generation" in self._template(example.place):
+        if GENERATION_MARK.search(self._template(example.place)):
             return self._marked_by_template(messages, example.place)
         text = self.chat_text(messages, example.place)
         spans = [] if self.learn_all else self._answer_spans(example.messages, messages, text, example.place)
-        return Rendered(*self._tokenize(text, spans, add_special_tokens=False))
+        return Rendered(*self._tokenize(text, spans, False, example.place))
 
     def chat_text(self, messages: list[dict[str, str]], place: Place, prompt: bool = False) -> str:
         """The conversation as text; with `prompt`, up to where the assistant's next answer begins."""
@@ -114,19 +118,25 @@ class Renderer:
     def _end_of_turn(self, text: str, start: int, stop: int) -> int:
         """Without the white space that some templates put behind the end-of-turn token: generation stops before it."""
         stripped = text[start:stop].rstrip()
-        ends_with_token = any(stripped.endswith(token) for token in self.tokenizer.all_special_tokens)
+        ends_with_token = any(
+            token.special and stripped.endswith(token.content) for token in self.tokenizer.added_tokens_decoder.values()
+        )
         return start + len(stripped) if ends_with_token else stop
 
-    def _tokenize(self, text: str, spans: list[Span], add_special_tokens: bool) -> tuple[list[int], list[float]]:
+    def _tokenize(
+        self, text: str, spans: list[Span], add_special_tokens: bool, place: Place
+    ) -> tuple[list[int], list[float]]:
         if not self.tokenizer.is_fast:
             raise UserError(f"{self.tokenizer.name_or_path}: needs a fast tokenizer (tokenizer.json) to place the loss")
-        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        try:
+            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise UserError(f"{place}: text that is no Unicode (half a surrogate pair); remove it") from error
         weights, span = [0.0] * len(encoded["input_ids"]), 0
         for index, (start, stop) in enumerate(encoded["offset_mapping"]):
-            while span < len(spans) and start >= spans[span][1]:
+            while span < len(spans) and stop > spans[span][1]:
                 span += 1
-            inside = span < len(spans) and start >= spans[span][0] and stop > start
-            weights[index] = float(inside)
+            weights[index] = float(span < len(spans) and start >= spans[span][0] and stop > spans[span][0])
         return list(encoded["input_ids"]), weights
 
 

@@ -26,6 +26,11 @@ class Lora(Method):
         import peft
 
         config = self.config
+        last_parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        if unknown := [name for name in config.modules_to_save if name not in last_parts]:
+            raise UserError(
+                f"method.modules_to_save: the model has no module {', '.join(unknown)}; it has {_some(last_parts)}"
+            )
         peft_config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,
@@ -41,8 +46,8 @@ class Lora(Method):
         try:
             self.peft_model = peft.get_peft_model(model, peft_config)
         except ValueError as error:
-            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-            raise UserError(f"method.targets: {error}; linear modules of this model: {', '.join(linear)}") from error
+            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            raise UserError(f"method.targets: {error}; linear modules of this model: {_some(linear)}") from error
 
     def bind(self, model: nn.Module, engine: EngineLike) -> None:
         super().bind(model, engine)
@@ -69,3 +74,7 @@ class Lora(Method):
     def _copy_in(self, values: dict[str, torch.Tensor]) -> None:
         for name, p in self.params.items():
             p.copy_(values[name])
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(name for name in names if name and not name.isdigit())[:20])

@@ -83,14 +83,15 @@ OPTIMIZERS: dict[str, Callable[[Groups, Any], list[torch.optim.Optimizer]]] = {
     "lion": _lion,
 }
 
-STATE_BYTES_PER_ELEMENT: dict[str, Callable[[Any, int], float]] = {
-    "adamw": lambda config, size: 2 * size,
-    "adamw8bit": lambda config, size: 2 * (1 + 4 / 256),  # a byte each, and an fp32 scale per block of 256
-    "sgd": lambda config, size: size if config.momentum else 0,
-    "adafactor": lambda config, size: 0,  # a row and a column per matrix: nothing beside the weights
-    "muon": lambda config, size: size,
-    "lion": lambda config, size: size,
+STATE_BYTES_PER_ELEMENT: dict[str, Callable[[Any, str, int], float]] = {
+    "adamw": lambda config, name, size: 2 * size,
+    "adamw8bit": lambda config, name, size: 2 * (1 + 4 / 256),  # a byte each, and an fp32 scale per block of 256
+    "sgd": lambda config, name, size: size if config.momentum else 0,
+    "adafactor": lambda config, name, size: 0,  # a row and a column per matrix: nothing beside the weights
+    "muon": lambda config, name, size: size if _in_a_block(name) else 2 * size,
+    "lion": lambda config, name, size: size,
 }
+"""(config, parameter's name, bytes per element of the parameter) → bytes of state per element."""
 
 
 class Optimizer:
@@ -102,7 +103,10 @@ class Optimizer:
     def step(self, lr: float) -> None:
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr * group["lr_multiple"]
+                if isinstance(group["lr"], Tensor):  # torchao's, so that a compiled step does not see a new number
+                    group["lr"].fill_(lr * group["lr_multiple"])
+                else:
+                    group["lr"] = lr * group["lr_multiple"]
             part.step()
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -129,4 +133,4 @@ def build_optimizer(config: Any, params: Mapping[str, Tensor], lr_multiple: Call
 def optimizer_bytes(config: Any, shapes: Mapping[str, tuple[int, int]]) -> int:
     """Bytes of state for parameters of the given (elements, bytes per element)."""
     per_element = STATE_BYTES_PER_ELEMENT[config.name]
-    return round(sum(elements * per_element(config, size) for elements, size in shapes.values()))
+    return round(sum(elements * per_element(config, name, size) for name, (elements, size) in shapes.items()))

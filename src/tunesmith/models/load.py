@@ -34,7 +34,7 @@ def model_source(config: ModelConfig) -> str:
             raise UserError(
                 f"{config.path}: no weights: it holds no *.safetensors; download or copy the checkpoint again"
             )
-        return str(folder)
+        return str(folder.resolve())  # an adapter remembers its base by this path
     looks_like_hub_id = config.path.count("/") <= 1 and not config.path.startswith((".", "/", "~"))
     if folder.exists() or not looks_like_hub_id:
         raise UserError(f"{config.path}: no such model folder (now in {Path.cwd()}); check model.path")
@@ -85,7 +85,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _loading_failed(what: str, config: ModelConfig, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     if Path(config.path).expanduser().is_dir() or config.path == "demo":
         return f"{config.path}: the {what} cannot be loaded: {reason}"
     return f"{config.path}: neither a local folder nor a {what} that the hub gives: {reason}"

@@ -97,9 +97,9 @@ def test_records_before_a_bad_one_come_first() -> None:
 
 
 def test_a_path_that_is_no_readable_file() -> None:
-    assert refusal("no.jsonl") == f"no.jsonl: no such data file; check data.path (now in {Path.cwd()})"
+    assert refusal("no.jsonl") == f"no.jsonl: no such data file; check the path (now in {Path.cwd()})"
     Path("folder").mkdir()
-    assert refusal("folder") == "folder: a folder; name one file of it in data.path"
+    assert refusal("folder") == "folder: a folder; give one file of it as the path"
     for name, suffix in (("a.csv", ".csv"), ("a", ""), ("a.jsonl.gz", ".gz")):
         write(name, "x")
         assert refusal(name) == f"{name}: unknown suffix {suffix!r}; readable: .jsonl, .json, .parquet, .txt"
@@ -132,7 +132,11 @@ def test_a_path_that_is_no_readable_file() -> None:
             "a.jsonl:1: not JSON: Expecting value; one object per line is expected "
             "(a whole JSON array? name the file .json)",
         ),
-        ("a.jsonl", "[" + LINES[0] + "]\n", "a.jsonl:1: expected an object with keys, found list"),
+        (
+            "a.jsonl",
+            "[" + LINES[0] + "]\n",
+            "a.jsonl:1: expected an object with keys, found list (a whole JSON array? name the file .json)",
+        ),
         ("a.jsonl", LINES[0] + '\n"text"\n', "a.jsonl:2: expected an object with keys, found str"),
         (
             "a.jsonl",

@@ -19,7 +19,10 @@ class Alpaca(Format):
     def read(self, record: Record, place: Place) -> Example:
         system = text_of(record.get("system"), place, "system")
         messages = [Message("system", system)] if system else []
-        for index, pair in enumerate(record.get("history") or (), start=1):
+        history = record.get("history") or []
+        if not isinstance(history, list):
+            raise UserError(f"{place}: history: expected a list of [question, answer], found {type(history).__name__}")
+        for index, pair in enumerate(history, start=1):
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise UserError(f"{place}: history {index}: expected [question, answer], found {pair!r:.80}")
             question, answer = (text_of(text, place, f"history {index}") for text in pair)
