@@ -315,15 +315,16 @@ def _named(default: str) -> BeforeValidator:
     return BeforeValidator(name)
 
 
-def axis(union: Any, default: str) -> Any:
-    """A choice by `name`."""
-    return Annotated[union, Field(discriminator="name"), _named(default)]
-
-
-Objective = axis(SftConfig | PretrainConfig, "sft")
-Method = axis(FullConfig | FreezeConfig | LoraConfig, "lora")
-Optimizer = axis(AdamWConfig | AdamW8bitConfig | SgdConfig | AdafactorConfig | MuonConfig | LionConfig, "adamw")
-Schedule = axis(ConstantConfig | LinearConfig | CosineConfig | WsdConfig, "cosine")
+Objective = Annotated[SftConfig | PretrainConfig, Field(discriminator="name"), _named("sft")]
+Method = Annotated[FullConfig | FreezeConfig | LoraConfig, Field(discriminator="name"), _named("lora")]
+Optimizer = Annotated[
+    AdamWConfig | AdamW8bitConfig | SgdConfig | AdafactorConfig | MuonConfig | LionConfig,
+    Field(discriminator="name"),
+    _named("adamw"),
+]
+Schedule = Annotated[
+    ConstantConfig | LinearConfig | CosineConfig | WsdConfig, Field(discriminator="name"), _named("cosine")
+]
 # pydantic discriminates between two or more classes; with one, its Literal name does the same.
 Engine = Annotated[SingleConfig, _named("single")]
 
@@ -355,7 +356,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fill_defaults_that_depend(self) -> Self:
         """Settings whose default follows from others; what is saved and shown is always the number in use."""
-        filled = {}
+        filled: dict[str, Section] = {}
         if self.optimizer.lr is None:
             lr = self.method.default_lr * self.optimizer.lr_factor
             filled["optimizer"] = self.optimizer.model_copy(update={"lr": float(f"{lr:.3g}")})
@@ -365,7 +366,7 @@ class RunConfig(Section):
         if self.train.micro_batch_tokens is None:
             tokens = max(4096, 2 * self.data.max_tokens)
             filled["train"] = self.train.model_copy(update={"micro_batch_tokens": tokens})
-        if self.method.name == "lora" and self.method.alpha is None:
+        if isinstance(self.method, LoraConfig) and self.method.alpha is None:
             filled["method"] = self.method.model_copy(update={"alpha": 2.0 * self.method.rank})
         self.__dict__.update(filled)  # the model is frozen for everyone else; this is its construction
         return self

@@ -84,6 +84,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     folder.write_manifest(manifest(run, facts))
 
     config, learner = run.config, run.learner
+    assert config.optimizer.lr is not None, "RunConfig fills it"
     events = EventLog(folder.events, folder.path / "tensorboard" if _wants_tensorboard(config) else None)
     events.write("resume" if resume else "start", step=start, steps=run.steps)
     progress = Progress(console, run.steps, start)
@@ -171,14 +172,16 @@ def build(config: RunConfig) -> Run:
     model = load_model(config.model, torch.bfloat16 if precision == "bf16" else torch.float32)
     _check_fits(config, model, samples, held_out)
     pack = (config.data.pack if config.data.pack is not None else device.type != "cpu") and isolates_sequences(model)
+    assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
     learner = Learner(
         model, build_engine(config.engine, precision), build_method(config), config.train.micro_batch_tokens
     )
 
     wanted = config.train
-    seen = None if wanted.steps else max(1, round(wanted.epochs * len(samples)))
+    seen = max(1, round(wanted.epochs * len(samples)))
     steps = wanted.steps or math.ceil(seen / wanted.batch_size)
-    data = Dataset(samples, wanted.batch_size, config.data.max_tokens, pack, config.seed, last=seen)
+    last = None if wanted.steps else seen
+    data = Dataset(samples, wanted.batch_size, config.data.max_tokens, pack, config.seed, last)
     return Run(config, tokenizer, objective, samples, held_out, learner, pack, data, steps)
 
 

@@ -77,11 +77,11 @@ def load_samples(config: DataConfig, renderer: Renderer) -> tuple[Samples, Sampl
         return samples, held_out.select(range(min(len(held_out), config.max_eval_samples)))
     limit = int(config.eval_fraction * 2**64)
     side = [samples.content_hash(index) < limit for index in range(len(samples))]
-    train = [index for index, out in enumerate(side) if not out]
+    train = [index for index, is_out in enumerate(side) if not is_out]
     if not train:
         raise UserError(f"data.eval_fraction: {config.eval_fraction} leaves nothing of {config.path} to train on")
-    held_out = [index for index, out in enumerate(side) if out][: config.max_eval_samples]
-    return samples.select(train), samples.select(held_out)
+    out = [index for index, is_out in enumerate(side) if is_out]
+    return samples.select(train), samples.select(out[: config.max_eval_samples])
 
 
 def read_examples(path: str, format_name: str, split: str) -> Iterator[Example]:
