@@ -24,7 +24,7 @@ def demo(output: str) -> None:
     """Train after demo.yaml, then print three answers side by side and, last, the accuracy on held-out sentences."""
     console = Console()
     with as_file(files("tunesmith") / "demo.yaml") as file:
-        console.print(file.read_text(), highlight=False, markup=False)
+        console.print(file.read_text(), highlight=False, markup=False, soft_wrap=True)
         config = load_config(file, [f"output={_free(output)}"])
     before = _answers(load_generator("demo", config.engine.device))
     result = train(config)
