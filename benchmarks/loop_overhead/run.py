@@ -8,6 +8,8 @@ Every row is one sequence of 256 tokens, all of them targets, 4 rows a step. bf1
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -120,7 +123,8 @@ def trl(method: str) -> Callable[[], float]:
     )
 
     def step() -> float:
-        trainer.train()
+        with contextlib.redirect_stdout(io.StringIO()):  # its summary of each call
+            trainer.train()
         return times[-1]
 
     return step

@@ -22,6 +22,7 @@ import torch
 from common import print_machine
 from torch import nn
 
+from tunesmith.engines.single import keep_freed_memory
 from tunesmith.models.score import Head, token_logprobs
 
 
@@ -31,6 +32,7 @@ def measure(side: str, trained: bool, tokens: int, hidden: int, vocabulary: int)
     states, target = torch.randn(tokens, hidden, requires_grad=True), torch.randint(0, vocabulary, (tokens,))
     if trained:
         linear.weight.grad = torch.zeros_like(linear.weight)  # both sides hold the gradient that they accumulate into
+    keep_freed_memory()  # as in a run, for both sides
     before, seconds = peak_bytes(), []
     for _ in range(3):
         start = perf_counter()

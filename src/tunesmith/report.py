@@ -29,7 +29,8 @@ def _picture(steps: list[dict[str, Any]], evals: list[dict[str, Any]], file: Pat
     axes.plot(at, losses, color="#9ecae1", linewidth=1, label="training loss")
     axes.plot(at, _smooth(losses), color="#2171b5", linewidth=2, label="smoothed")
     if evals:
-        axes.plot([e["step"] for e in evals], [e["loss"] for e in evals], "o-", color="#d94801", label="held-out loss")
+        line = "o-" if len(evals) > 2 else "o"  # two points: a line would tell of what was not measured
+        axes.plot([e["step"] for e in evals], [e["loss"] for e in evals], line, color="#d94801", label="held-out loss")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target token)")
     axes.grid(alpha=0.3)
