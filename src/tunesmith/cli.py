@@ -37,11 +37,13 @@ def train(
     if resume is not None:
         RunFolder(resume).read_config()
         config = load_config(file or resume / "config.yaml", words)
-        run(config.model_copy(update={"output": str(resume)}), resume=True)
+        result = run(config.model_copy(update={"output": str(resume)}), resume=True)
     elif file is None:
         raise UserError("give a configuration: tunesmith train run.yaml (or --resume FOLDER)")
     else:
-        run(load_config(file, words))
+        result = run(load_config(file, words))
+    if not result.finished:
+        raise typer.Exit(130)  # stopped by a signal: what a shell joins with && must not go on
 
 
 @app.command()

@@ -47,7 +47,7 @@ class ModelConfig(PathSection):
     """Branch, tag or commit of a hub model."""
     precision: Literal["auto", "fp32", "bf16", "mixed"] = "auto"
     """fp32; bf16 (weights in bf16, adapters in fp32); mixed (bf16 autocast over fp32 weights); auto: measured at start."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation in transformers' terms; auto lets transformers choose."""
     chat_template: str | None = None
     """A Jinja file, or `chatml`, to use in place of the tokenizer's own chat template."""
@@ -138,6 +138,14 @@ class LoraConfig(Section):
     """Start of A and B. pissa: principal singular vectors (Meng et al. 2024), saved as an ordinary adapter."""
     lr_ratio: Annotated[float, Field(gt=0)] = 1.0
     """LoRA+ (Hayou et al. 2024): learning rate of B over that of A; the paper advises 16."""
+
+    @model_validator(mode="after")
+    def _pissa_alone(self) -> Self:
+        if self.init == "pissa" and (self.dora or self.modules_to_save):
+            raise ValueError(
+                "init: pissa is saved as a difference of A and B alone: it goes with neither dora nor modules_to_save"
+            )
+        return self
 
 
 class OptimizerSection(Section):

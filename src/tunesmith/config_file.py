@@ -153,7 +153,7 @@ def _explain(problem: Any, tree: dict[str, Any], places: dict[Keys, str], file: 
     if kind == "missing":
         return f"{place}: {name}: missing; add it"
     if kind == "union_tag_invalid":
-        names = [m.model_fields["name"].default for m in _members(RunConfig.model_fields[path[0]].annotation)]
+        names = _names(path[0])
         return f"{place}: {name}: unknown name {problem['ctx']['tag']!r}{_nearest(problem['ctx']['tag'], names)}"
     if kind in HUMAN_TYPES:
         found = "nothing" if problem["input"] is None else repr(problem["input"])
@@ -168,14 +168,20 @@ def _config_path(loc: Sequence[str | int], tree: Any) -> Keys:
     """pydantic's location without the tags that it inserts for the members of a union."""
     path: list[str] = []
     for index, part in enumerate(loc):
-        is_tag = isinstance(tree, dict) and part not in tree and tree.get("name") == part
-        is_tag = is_tag or (isinstance(tree, str) and tree == part)
+        is_tag = index == 1 and part in _names(str(loc[0])) and not (isinstance(tree, dict) and part in tree)
         is_branch = not isinstance(tree, dict) and index > 0 and not isinstance(part, int)
         if is_tag or is_branch:
             continue
         path.append(str(part))
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tuple(path)
+
+
+def _names(axis: str) -> list[str]:
+    """The names that a choice has; none for other settings."""
+    field = RunConfig.model_fields.get(axis)
+    members = _members(field.annotation) if field else []
+    return [member.model_fields["name"].default for member in members if "name" in member.model_fields]
 
 
 def _nearest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
@@ -188,11 +194,12 @@ def _section(path: Keys, tree: Any) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for key in path:
         tree = tree.get(key, {})
-        members = _members(section.model_fields[key].annotation)
+        field = section.model_fields[key]
+        members = _members(field.annotation)
+        usual = type(field.default) if isinstance(field.default, BaseModel) else members[0]
         name = tree.get("name") if isinstance(tree, dict) else tree
-        section = next(
-            (m for m in members if "name" in m.model_fields and m.model_fields["name"].default == name), members[0]
-        )
+        named = (m for m in members if name and "name" in m.model_fields and m.model_fields["name"].default == name)
+        section = next(named, usual)
     return section
 
 

@@ -58,7 +58,7 @@ class Learner:
                 scores = self.engine.score(self.model, micro_batch, objective.reads)
                 loss, metrics = objective.loss(scores, micro_batch)
                 for name, value in {"count": objective.count(micro_batch), "loss": loss, **metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + value.double()
+                    sums[name] = sums.get(name, 0.0) + value.cpu().double()
         self.model.train()
         totals = {name: self.engine.sum(value) for name, value in sums.items()}
         count = totals.pop("count")

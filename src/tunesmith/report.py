@@ -67,7 +67,7 @@ def _text(folder: RunFolder, steps: list[dict[str, Any]], evals: list[dict[str, 
         lines.append("- **held-out loss**: not measured: no sample was held out (data.eval_path, data.eval_fraction)")
     if steps:
         lines += ["", "![loss over the steps](loss.png)"]
-    ended = folder.model.is_dir()
+    ended = folder.has_ended()
     talk = f"The model is in `model/`. Talk to it: `tunesmith chat {folder.path}`"
     go_on = f"The run has not ended. Go on with it: `tunesmith train --resume {folder.path}`"
     lines += ["", talk if ended else go_on, ""]

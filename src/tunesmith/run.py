@@ -35,7 +35,9 @@ from tunesmith.report import write_report
 from tunesmith.run_folder import EventLog, RunFolder, write_folder
 from tunesmith.schedules import build_schedule
 
-MAY_CHANGE_ON_RESUME = ("train.steps", "train.epochs", "checkpoint.", "evaluate.", "log.")
+MAY_CHANGE_ON_RESUME = (
+    "train.steps", "train.epochs", "train.micro_batch_tokens", "engine.", "checkpoint.", "evaluate.", "log."
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -236,5 +238,6 @@ def _diverged(error: NonFiniteError, run: Run, saved: int) -> str:
     kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been due yet"
     return (
         f"step {error.step + 1}: {error}; the parameters were not changed by it, and {kept}. Samples of this step: {places}. "
-        f"Lower optimizer.lr (now {run.config.optimizer.lr:g}), lengthen schedule.warmup_fraction, or look at those samples"
+        f"In a new run, lower optimizer.lr (now {run.config.optimizer.lr:g}) or lengthen schedule.warmup_fraction; and look at "
+        "those samples"
     )

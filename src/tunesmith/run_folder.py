@@ -42,6 +42,11 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    def has_ended(self) -> bool:
+        """Whether the run is done, and `model` is its result."""
+        events = read_events(self.events)
+        return self.model.is_dir() and bool(events) and events[-1]["event"] == "end"
+
     def check_free(self) -> None:
         """Raises UserError if the folder holds anything."""
         if self.config.exists():
@@ -87,18 +92,25 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder, and put it in place only when it is whole."""
-    aside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    """Let `write` fill a folder, and put it in place only when it is whole and on the disk."""
+    aside, doomed = (folder.with_name(f".{folder.name}.{what}") for what in ("writing", "removing"))
     try:
+        for left_over in (aside, doomed):
+            shutil.rmtree(left_over, ignore_errors=True)
+        aside.mkdir(parents=True)
         write(aside)
-        shutil.rmtree(folder, ignore_errors=True)
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if folder.exists():
+            folder.rename(doomed)
         aside.rename(folder)
-    except (OSError, RuntimeError) as error:
+        shutil.rmtree(doomed, ignore_errors=True)
+    except Exception as error:  # safetensors, transformers and PEFT each raise types of their own
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"{folder}: the model could not be written: {str(error).splitlines()[0]}; the last checkpoint is intact: "
+            f"{folder}: the model could not be written: {' '.join(str(error).split())[:200]}; the last checkpoint is intact: "
             "make room, then write it with --resume"
         ) from error
 

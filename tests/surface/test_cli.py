@@ -13,6 +13,7 @@ from tunesmith.cli import app
 from tunesmith.config import RunConfig
 from tunesmith.config_file import dump_config, json_schema, load_config
 from tunesmith.errors import UserError
+from tunesmith.run import Result
 from tunesmith.run_folder import RunFolder
 
 RUN = "model: demo\ndata: demo\noutput: runs/a\nmethod: lora\n"
@@ -117,8 +118,19 @@ def test_the_commands() -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, bool]]:
     """Calls of `tunesmith.run.train`, which does nothing."""
     calls: list[tuple[RunConfig, bool]] = []
-    monkeypatch.setattr("tunesmith.run.train", lambda config, resume=False: calls.append((config, resume)))
+
+    def record(config: RunConfig, resume: bool = False) -> Result:
+        calls.append((config, resume))
+        return Result(Path(config.output), step=1, finished=True, eval_losses={})
+
+    monkeypatch.setattr("tunesmith.run.train", record)
     return calls
+
+
+def test_a_run_that_a_signal_stopped_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Result(Path("runs/a"), step=1, finished=False, eval_losses={})
+    monkeypatch.setattr("tunesmith.run.train", lambda config, resume=False: stopped)
+    assert CliRunner().invoke(app, ["train", "run.yaml"]).exit_code == 130
 
 
 def test_train_takes_a_file_and_overrides(trained: list[tuple[RunConfig, bool]]) -> None:

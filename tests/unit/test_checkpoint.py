@@ -114,3 +114,18 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(make_config: Cal
     flip_a_byte(first.folder / "checkpoints/step-4/state.pt")
     train(config, resume=True)
     assert (first.folder / "model/adapter_model.safetensors").read_bytes() == expected
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    for name in (".writing-7", ".removing-step-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.pt").write_bytes(b"half")
+    assert names(saved(tmp_path, steps=1)) == ["step-1"]
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) -> None:
+    flip_a_byte(saved(tmp_path) / "step-3/state.pt")
+    assert load_newest(tmp_path, lambda text: None)[0] == 2
+    save_checkpoint(tmp_path, 3, state(3), keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-2", "step-3"]
+    assert load_newest(tmp_path, pytest.fail)[0] == 3

@@ -389,3 +389,19 @@ def test_the_json_schema_offers_short_and_long_forms() -> None:
         short, long = schema["$defs"][section]["anyOf"]
         assert short == {"type": "string"}
         assert long["required"] == ["path"]
+
+
+@pytest.mark.parametrize("other", ["dora: true", "modules_to_save: [lm_head]"])
+def test_pissa_goes_alone(other: str) -> None:
+    assert refusal(SHORTEST + f"method: {{init: pissa, {other}}}\n") == (
+        "run.yaml:4: method: init: pissa is saved as a difference of A and B alone: it goes with neither dora nor "
+        "modules_to_save"
+    )
+
+
+def test_mistakes_in_a_choice_without_its_name_have_their_place() -> None:
+    assert refusal(SHORTEST + "method: {rnak: 8}\n") == "run.yaml:4: method.rnak: unknown; did you mean rank?"
+    assert (
+        refusal(SHORTEST, "method.rank=0")
+        == "override method.rank=0: method.rank: input should be greater than 0, got 0"
+    )

@@ -58,3 +58,16 @@ def test_a_run_that_has_not_ended(make_config: MakeConfig) -> None:
     (result.folder / "model").rmdir()
     with pytest.raises(UserError, match="the run has not ended yet; go on with it: tunesmith train --resume"):
         load_generator(str(result.folder))
+
+
+def test_plain_text_begins_as_it_did_in_training(model_folder: Callable[[str], Path]) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    generator = load_generator(str(model_folder("llama")), "cpu", "fp32")
+    tokenizer = generator.tokenizer
+    assert generator.plain_prompt("Hi") == "Hi"
+    tokenizer.bos_token = "<|im_start|>"
+    begin = [("<|im_start|>", tokenizer.bos_token_id)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=begin)
+    prompt = generator.plain_prompt("Hi")
+    assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == tokenizer("Hi")["input_ids"]

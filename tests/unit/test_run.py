@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         f"step 4: loss is {value}; the parameters were not changed by it, and the checkpoint of step 2 is kept."
     )
     assert f"Samples of this step: {chat_file}:" in message
-    assert "Lower optimizer.lr (now 0.01)" in message
+    assert "In a new run, lower optimizer.lr (now 0.01)" in message
     monkeypatch.undo()
     assert train(config, resume=True).finished
 
@@ -174,3 +174,34 @@ def test_log_every(make_config: MakeConfig) -> None:
     result = train(make_config(train={"steps": 5}, log={"every_steps": 2}))
     assert [e["step"] for e in read_events(result.folder / "events.jsonl") if e["event"] == "step"] == [2, 4]
     assert Log.__doc__
+
+
+def test_modules_saved_beside_bf16_adapters_train_in_fp32(make_config: MakeConfig) -> None:
+    method = {"name": "lora", "modules_to_save": ["lm_head"]}
+    run = build(make_config(method=method, model={"precision": "bf16"}))
+    assert {p.dtype for p in run.learner.method.params.values()} == {torch.float32}
+    assert any("lm_head" in name for name in run.learner.method.params)
+    result = train(run.config)
+    found = losses(result.folder)
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("method", [{"init": "pissa", "dropout": 0.3}, {"modules_to_save": ["lm_head"]}])
+def test_the_head_s_rule_is_found_whatever_the_method_puts_in(make_config: MakeConfig, method: dict[str, Any]) -> None:
+    for precision in ("fp32", "bf16", "mixed"):
+        run = build(make_config(method=method, model={"precision": precision}))
+        assert run.learner.engine.head.linear is not None
+
+
+def test_a_run_that_goes_on_is_not_taken_for_its_earlier_result(make_config: MakeConfig) -> None:
+    from tunesmith.run_folder import RunFolder
+
+    config = make_config(train={"steps": 2})
+    folder = RunFolder(train(config).folder)
+    assert folder.has_ended()
+    with folder.events.open("a") as stream:  # a resume for more steps that was killed
+        stream.write('{"event": "resume", "step": 2}\n')
+    assert not folder.has_ended()
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
+    assert train(longer, resume=True).finished
+    assert folder.has_ended()

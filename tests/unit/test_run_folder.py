@@ -97,7 +97,7 @@ def _write(file: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(OSError(28, "No space left on device"), "[Errno 28] No space left on device"), (RuntimeError("a\nb"), "a")],
+    [(OSError(28, "No space left on device"), "[Errno 28] No space left on device"), (RuntimeError("a\nb"), "a b")],
 )
 def test_write_folder_keeps_the_old_folder_when_the_writer_fails(error: Exception, reason: str, tmp_path: Path) -> None:
     def fail(aside: Path) -> NoReturn:

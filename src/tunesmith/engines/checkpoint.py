@@ -23,7 +23,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     aside, final = folder / f".writing-{step}", folder / f"step-{step}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        for left_over in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         aside.mkdir()
         with (aside / STATE).open("wb") as file:
             torch.save(state, file)
@@ -57,10 +58,12 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> tuple[int, dict[st
 
     A damaged one is passed over with a warning. Raises UserError if all are damaged.
     """
-    damaged = []
+    damaged: list[Path] = []
     for path in reversed(checkpoints(folder)):
         problem, step = _check(path)
         if problem is None:
+            for spoilt in damaged:  # else it would count among the newest that are kept
+                _remove(spoilt)
             return step, torch.load(path / STATE, map_location="cpu", weights_only=True)
         damaged.append(path)
         warn(f"{path}: damaged ({problem}); falling back to the checkpoint before it")

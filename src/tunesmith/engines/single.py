@@ -34,8 +34,9 @@ class SingleEngine:
 
     def place(self, model: Any) -> Any:
         """Move to the device, learn the head's rule, and apply checkpointing and compilation, in this order."""
-        model.to(self.device)
-        self.head = find_head(model)
+        model.to(self.device).eval()  # PEFT's new layers start in training mode: the probe compares two passes
+        with self._autocast(), torch.no_grad():
+            self.head = find_head(model)
         if self.config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.config.compile:
@@ -45,9 +46,11 @@ class SingleEngine:
 
     def score(self, model: Any, batch: Batch, reads: frozenset[str] = frozenset()) -> Scores:
         """Log-probabilities of the batch's targets."""
-        mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision in ("mixed", "bf16"))
-        with mixed:
+        with self._autocast():
             return score(model, self.head, batch)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision in ("mixed", "bf16"))
 
     def seed(self, seed: int, step: int) -> None:
         """Start the random streams of a step (dropout). They depend on seed and step alone, so no state is saved."""

@@ -39,4 +39,4 @@ def question(generator: Generator, example: Example) -> tuple[str, str | None]:
         return generator.prompt([{"role": turn.role, "content": turn.content} for turn in turns]), expected
     given = "".join(piece.text for piece in example.pieces if not piece.learn)
     learnt = "".join(piece.text for piece in example.pieces if piece.learn)
-    return (given, learnt) if given else (learnt, None)
+    return (generator.plain_prompt(given), learnt) if given else (generator.plain_prompt(learnt), None)

@@ -15,6 +15,7 @@ from tunesmith.config import ModelConfig
 from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
 from tunesmith.models.load import load_model, load_tokenizer
+from tunesmith.run_folder import RunFolder
 
 Messages = list[dict[str, str]]
 
@@ -29,8 +30,13 @@ class Generator:
     def prompt(self, messages: Messages) -> str:
         """The conversation as the model saw it in training, up to where its answer begins."""
         if not self.tokenizer.chat_template:
-            return "\n".join(message["content"] for message in messages)
+            return self.plain_prompt("\n".join(message["content"] for message in messages))
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def plain_prompt(self, text: str) -> str:
+        """Text as the model saw it in training without a template: behind the token that its tokenizer begins with."""
+        begin = self.tokenizer("", add_special_tokens=True)["input_ids"][:1]
+        return text if begin != [self.tokenizer.bos_token_id] else self.tokenizer.bos_token + text
 
     def answers(self, prompts: Sequence[str], max_new_tokens: int = 256, batch_size: int = 16) -> list[str]:
         """Greedy answers to rendered prompts, in their order; batches of prompts of like length."""
@@ -49,9 +55,14 @@ class Generator:
 
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        worker = Thread(
-            target=self._generate, args=([prompt], max_new_tokens), kwargs={"streamer": streamer, **sampling}
-        )
+
+        def work() -> None:
+            try:
+                self._generate([prompt], max_new_tokens, streamer=streamer, **sampling)
+            finally:
+                streamer.end()  # or the reader would wait forever for an answer that failed
+
+        worker = Thread(target=work, daemon=True)
         worker.start()
         yield from streamer
         worker.join()
@@ -69,18 +80,21 @@ class Generator:
 
 def load_generator(path: str, device: str = "auto", precision: str = "auto") -> Generator:
     """From a run's folder, a folder with a model or an adapter, a hub id, or `demo`. Raises UserError."""
-    folder = Path(path)
-    if (folder / "config.yaml").is_file():
-        if not (folder / "model").is_dir():
+    folder, base = Path(path), None
+    run = RunFolder(folder)
+    if run.config.is_file():
+        if not run.has_ended():
             raise UserError(f"{path}: the run has not ended yet; go on with it: tunesmith train --resume {path}")
-        folder = folder / "model"
+        folder, base = run.model, run.read_config().model
     place = find_device(device)
     dtype = torch.float32 if find_precision(precision, place, trains_all=False) == "fp32" else torch.bfloat16
+    config = ModelConfig(path=str(folder) if folder.is_dir() else path)
     if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        tokenizer, model = load_tokenizer(ModelConfig(path=str(folder))), _with_adapter(base, folder, dtype)
+        if base is None:
+            adapter = json.loads((folder / "adapter_config.json").read_text())
+            base = ModelConfig(path=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
+        tokenizer, model = load_tokenizer(config), _with_adapter(base, folder, dtype)
     else:
-        config = ModelConfig(path=str(folder) if folder.is_dir() else path)
         tokenizer, model = load_tokenizer(config), load_model(config, dtype)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -88,9 +102,9 @@ def load_generator(path: str, device: str = "auto", precision: str = "auto") -> 
     return Generator(model.to(place), tokenizer)
 
 
-def _with_adapter(base: str, folder: Path, dtype: torch.dtype) -> Any:
+def _with_adapter(base: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
     """The base model with the adapter merged into it: one product a layer, as in any server."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_model(ModelConfig(path=base), torch.float32), folder)
+    model = PeftModel.from_pretrained(load_model(base, torch.float32), folder)
     return model.merge_and_unload().to(dtype).eval()

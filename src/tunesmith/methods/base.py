@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -116,12 +115,3 @@ class Method:
         """Write what transformers (or PEFT) loads as is."""
         model: Any = self.model
         model.save_pretrained(folder)
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name; tied ones once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def write_json(file: Path, tree: Any) -> None:
-    file.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

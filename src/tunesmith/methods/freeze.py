@@ -23,7 +23,9 @@ class Freeze(Method):
             )
         for _, block in found[:first] + found[len(found) - last :]:
             block.requires_grad_(True)
-        names = [name for name, _ in model.named_parameters()]
+        names = [
+            name for name, _ in model.named_parameters(remove_duplicate=False)
+        ]  # a tied head under its own name too
         for pattern in self.config.patterns:
             matched = [name for name in names if fnmatchcase(name, pattern)]
             if not matched:

@@ -33,6 +33,7 @@ class Lora(Method):
             )
         peft_config = peft.LoraConfig(
             task_type="CAUSAL_LM",
+            revision=getattr(model.config, "_commit_hash", None),
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
@@ -48,6 +49,9 @@ class Lora(Method):
         except ValueError as error:
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
             raise UserError(f"method.targets: {error}; linear modules of this model: {_some(linear)}") from error
+        for p in self.peft_model.parameters():
+            if p.requires_grad and p.dtype == torch.bfloat16:  # PEFT casts adapters to fp32, but not modules_to_save
+                p.data = p.data.float()
 
     def bind(self, model: nn.Module, engine: EngineLike) -> None:
         super().bind(model, engine)

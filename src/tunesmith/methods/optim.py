@@ -24,7 +24,9 @@ class Lion(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 direction = torch.lerp(p.grad, momentum, beta1).sign_()
                 p.mul_(1 - lr * group["weight_decay"]).sub_(lr * direction)
                 momentum.lerp_(p.grad, 1 - beta2)

@@ -92,14 +92,13 @@ def _loading_failed(what: str, config: ModelConfig, error: Exception) -> str:
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    """The repeated transformer blocks, by name: the longest list of equal-named children in the decoder."""
+    """The repeated transformer blocks, by name: the outermost list of modules that has as many as the config has layers."""
     from torch import nn
 
+    count = model.config.get_text_config().num_hidden_layers
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    decoder_lists = [(name, module) for name, module in lists if len(module) == model.config.num_hidden_layers]
+    decoder_lists = [(name, module) for name, module in lists if len(module) == count]
     if not decoder_lists:
-        raise UserError(
-            f"{type(model).__name__}: no list of {model.config.num_hidden_layers} blocks found in the model"
-        )
+        raise UserError(f"{type(model).__name__}: no list of {count} blocks found in the model")
     name, found = min(decoder_lists, key=lambda pair: pair[0].count("."))
     return [(f"{name}.{index}", block) for index, block in enumerate(found)]
