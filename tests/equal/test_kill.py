@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.product.test_product import equal_bits, final_state, losses
+from tests.product.test_product import equal_bits, final_state, losses, method_section
 from tunesmith.config import RunConfig
 from tunesmith.config_file import config_from_dict
 from tunesmith.engines.checkpoint import checkpoints
+from tunesmith.methods import METHODS
 from tunesmith.run import train
 from tunesmith.run_folder import RunFolder
 
@@ -32,9 +33,9 @@ def child(tree: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_at_ten_random_instants(make_config: Callable[..., RunConfig], tmp_path: Path, method: str) -> None:
-    settings = {"method": method, "train": {"steps": STEPS}, "checkpoint": {"every_steps": 1, "keep": 2}}
+    settings = {"method": method_section(method), "train": {"steps": STEPS}, "checkpoint": {"every_steps": 1, "keep": 2}}
     undisturbed = make_config(**settings)
     train(undisturbed)
     killed = make_config(**settings, output=str(tmp_path / "killed"))
