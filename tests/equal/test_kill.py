@@ -35,7 +35,11 @@ def child(tree: dict[str, Any]) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_ten_random_instants(make_config: Callable[..., RunConfig], tmp_path: Path, method: str) -> None:
-    settings = {"method": method_section(method), "train": {"steps": STEPS}, "checkpoint": {"every_steps": 1, "keep": 2}}
+    settings = {
+        "method": method_section(method),
+        "train": {"steps": STEPS},
+        "checkpoint": {"every_steps": 1, "keep": 2},
+    }
     undisturbed = make_config(**settings)
     train(undisturbed)
     killed = make_config(**settings, output=str(tmp_path / "killed"))
