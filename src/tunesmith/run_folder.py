@@ -59,6 +59,8 @@ class RunFolder:
         above = next(path for path in (self.path, *self.path.parents) if path.exists())
         if not above.is_dir():
             raise UserError(f"{self.path}: {above} is a file; choose another output")
+        if not os.access(above, os.W_OK):
+            raise UserError(f"{self.path}: no permission to write in {above}; choose another output")
 
     def claim(self, config: RunConfig) -> None:
         """Make the folder and write the resolved configuration into it."""

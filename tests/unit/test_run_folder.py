@@ -194,3 +194,10 @@ def test_what_a_resume_went_back_behind_is_left_out(tmp_path: Path) -> None:
         ("step", 4),
         ("eval", 4),
     ]
+
+
+def test_a_folder_without_permission_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # as for a user who is not root
+    with pytest.raises(UserError) as caught:
+        RunFolder(tmp_path / "a" / "run").check_free()
+    assert str(caught.value) == f"{tmp_path}/a/run: no permission to write in {tmp_path}; choose another output"
