@@ -64,7 +64,9 @@ def ours(method: str) -> Callable[[], None]:
 def bare(method: str) -> Callable[[], None]:
     model: Any = load_model(ModelConfig(path="demo"), torch.float32).train()
     if method == "lora":
-        model = with_peft(model)
+        import peft
+
+        model = peft.get_peft_model(model, peft_config())
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
     ids = torch.from_numpy(rows()).long()
@@ -80,18 +82,14 @@ def bare(method: str) -> Callable[[], None]:
     return step
 
 
-def with_peft(model: Any) -> Any:
+def peft_config() -> Any:
     import peft
 
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules="all-linear"
-    )
-    return peft.get_peft_model(model, config)
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules="all-linear")
 
 
 def trl(method: str) -> Callable[[], float]:
     """SFTTrainer, one step a round, timed from its own `on_step_begin` to `on_step_end`: without its start-up."""
-    import peft
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -111,14 +109,13 @@ def trl(method: str) -> Callable[[], float]:
         gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to=[], packing=False,
         max_length=LENGTH, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules="all-linear")
     ids = rows().astype(np.int64).tolist()
     trainer = SFTTrainer(
         model=load_model(ModelConfig(path="demo"), torch.float32),
         args=config,
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
         processing_class=AutoTokenizer.from_pretrained(model_source(ModelConfig(path="demo"))),
-        peft_config=lora if method == "lora" else None,
+        peft_config=peft_config() if method == "lora" else None,
         callbacks=[Stopwatch()],
     )
 

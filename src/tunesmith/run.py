@@ -120,9 +120,7 @@ def _same_as_before(folder: RunFolder, config: RunConfig) -> RunConfig:
     """`config` for going on with the run in `folder`. Raises UserError that lists the settings that must not differ."""
     before = folder.read_config()
     if config.model.precision == "auto":
-        config = config.model_copy(
-            update={"model": config.model.model_copy(update={"precision": before.model.precision})}
-        )
+        config = _with_precision(config, before.model.precision)
     before = before.model_copy(update={"output": config.output})
     refused = [line for line in differing_keys(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
     if refused:
@@ -131,6 +129,10 @@ def _same_as_before(folder: RunFolder, config: RunConfig) -> RunConfig:
             "put them back, or start a new run in another output folder"
         )
     return config
+
+
+def _with_precision(config: RunConfig, precision: str) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"precision": precision})})
 
 
 def check(config: RunConfig) -> None:
@@ -165,7 +167,7 @@ def build(config: RunConfig) -> Run:
     """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
     device = find_device(config.engine.device)
     precision = find_precision(config.model.precision, device, trains_all=config.method.name != "lora")
-    config = config.model_copy(update={"model": config.model.model_copy(update={"precision": precision})})
+    config = _with_precision(config, precision)
     tokenizer = load_tokenizer(config.model)
     objective = build_objective(config.objective)
     samples, held_out = load_samples(config.data, Renderer(tokenizer, objective.learns_all))

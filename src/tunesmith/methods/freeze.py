@@ -23,9 +23,8 @@ class Freeze(Method):
             )
         for _, block in found[:first] + found[len(found) - last :]:
             block.requires_grad_(True)
-        names = [
-            name for name, _ in model.named_parameters(remove_duplicate=False)
-        ]  # a tied head under its own name too
+        # with duplicates: a tied head is found under its own name too
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         for pattern in self.config.patterns:
             matched = [name for name in names if fnmatchcase(name, pattern)]
             if not matched:
