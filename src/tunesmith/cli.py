@@ -15,6 +15,8 @@ from tunesmith.errors import UserError
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings over the file's.")]
 
@@ -101,6 +103,46 @@ def show(file: Annotated[Path, typer.Argument(help="A run.yaml.")], overrides: O
     from tunesmith.config_file import dump_config, load_config
 
     print(dump_config(load_config(file, overrides or ())), end="")
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[Path, typer.Argument(help="A run.yaml.")],
+    overrides: Overrides = None,
+    limit: Annotated[int, typer.Option(min=0, help="Show at most so many errors.")] = 50,
+    quarantine: Annotated[Path | None, typer.Option(help="Copy bad records into this .jsonl; must not exist.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the lengths' histogram into this .png.")] = None,
+) -> None:
+    """Read all data, name every bad record, and count what there is. Exits with 1 if anything is wrong."""
+    from tunesmith.config_file import load_config
+    from tunesmith.inspect.check import check
+
+    if check(load_config(file, overrides or ()), limit, quarantine, png).errors.number:
+        raise typer.Exit(1)
+
+
+@data_app.command("show")
+def data_show(
+    file: Annotated[Path, typer.Argument(help="A run.yaml.")],
+    overrides: Overrides = None,
+    sample: Annotated[int | None, typer.Option(min=0, help="A training sample, counted from 0. Default: 0.")] = None,
+    place: Annotated[str | None, typer.Option(metavar="FILE:LINE", help="The samples of a record.")] = None,
+    batch: Annotated[int | None, typer.Option(min=0, help="The batch of a step, counted from 0.")] = None,
+    packed: Annotated[bool | None, typer.Option(help="Pack the batch's rows or not. Default: data.pack.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page for the browser.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print tokens, text, weights and sequence as JSON.")] = False,
+    positions: Annotated[bool, typer.Option(help="Mark every token's position, not every 64th.")] = False,
+) -> None:
+    """Show the tokens of a sample or batch as the model will get them, coloured by loss weight."""
+    from tunesmith.config_file import load_config
+    from tunesmith.inspect.show import show
+
+    if sum(choice is not None for choice in (sample, place, batch)) > 1:
+        raise UserError("give one of --sample, --place and --batch")
+    show(
+        load_config(file, overrides or ()), sample=sample, place=place, batch=batch, pack=packed, html=html,
+        as_json=as_json, positions=positions,
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -7,35 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from tunesmith.config_data import DataConfig, SetConfig
+from tunesmith.config_section import Count, PathSection, PositiveInt, Section, Share
 
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class PathSection(Section):
-    """A section that may be written as its path alone: `model: demo` means `model: {path: demo}`."""
-
-    path: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
-        schema = handler(core_schema)
-        return {"anyOf": [{"type": "string"}, handler.resolve_ref_schema(schema)]}
+__all__ = ["DataConfig", "RunConfig", "Section", "SetConfig"]
 
 
 class ModelConfig(PathSection):
@@ -53,28 +30,6 @@ class ModelConfig(PathSection):
     """A Jinja file, or `chatml`, to use in place of the tokenizer's own chat template."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
-
-
-class DataConfig(PathSection):
-    """Which data, and how a record becomes tokens."""
-
-    path: str
-    """A .jsonl, .json, .parquet or .txt file, or `demo` (sentences to strict JSON, generated from a seed)."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """Form of the records; auto finds it from the first one."""
-    eval_path: str | None = None
-    """Held-out file. Without it, `eval_fraction` of `path` is held out."""
-    eval_fraction: Share = 0.05
-    """Share of the samples held out, chosen by content hash, so that a sample keeps its side when the file grows."""
-    max_eval_samples: PositiveInt = 200
-    """At most so many held-out samples are scored; the rest of the held-out share stays unused."""
-    max_tokens: Annotated[int, Field(ge=2)] = 2048
-    """Longest sequence, and length of a packed row."""
-    truncation: Literal["auto", "error", "drop", "left", "right", "split"] = "auto"
-    """What happens to a longer sample: stop, drop it, cut its left or right end, split it. auto: right, pretrain split."""
-    pack: bool | None = None
-    """Several sequences in one row, attention kept apart. Speed only: the update is the same either way.
-    Default: on accelerators; on a CPU attention over the longer row costs more than the padding that it saves."""
 
 
 class SftConfig(Section):
@@ -342,8 +297,8 @@ class RunConfig(Section):
 
     model: ModelConfig
     data: DataConfig
-    output: str
-    """Folder of the run; must not hold one yet."""
+    output: str = ""
+    """Folder of the run; must not hold one yet. Default: runs/ and the configuration file's name."""
     objective: Objective = SftConfig()
     """What is minimised."""
     method: Method = LoraConfig()
@@ -360,6 +315,12 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     seed: int = 0
     """Seed of the sample order, the adapters' start and dropout."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.data.stream and not self.train.steps:
+            raise ValueError("data.stream: nobody knows how long an epoch of a stream is: set train.steps")
+        return self
 
     @model_validator(mode="after")
     def _fill_defaults_that_depend(self) -> Self:

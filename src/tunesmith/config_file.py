@@ -34,12 +34,16 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree, places = _read_yaml(file)
     for text in overrides:
         _override(tree, places, text)
+    tree.setdefault("output", f"runs/{file.stem}")
     return _validate(tree, places, str(file))
 
 
 def config_from_dict(tree: dict[str, Any], name: str = "config") -> RunConfig:
     """The same from Python; `name` stands for the file in error messages."""
-    return _validate(tree, {}, name)
+    config = _validate(tree, {}, name)
+    if not config.output:
+        raise UserError(f"{name}: output: missing; add it")
+    return config
 
 
 def dump_config(config: RunConfig) -> str:
@@ -161,7 +165,7 @@ def _explain(problem: Any, tree: dict[str, Any], places: dict[Keys, str], file: 
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = "" if isinstance(problem["input"], dict | BaseModel) else f", got {problem['input']!r}"
-    return f"{place}: {name}: {message}{given}"
+    return f"{place}: {name}: {message}{given}" if name else f"{place}: {message}"
 
 
 def _config_path(loc: Sequence[str | int], tree: Any) -> Keys:

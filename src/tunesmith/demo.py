@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tunesmith.config_file import load_config
 from tunesmith.data.demo import demo_answer_correct
-from tunesmith.data.samples import read_examples
+from tunesmith.data.examples import examples_at
 from tunesmith.data.sources import DEMO_SAMPLES
 from tunesmith.inference.files import question
 from tunesmith.inference.generate import Generator, load_generator
@@ -30,7 +30,7 @@ def demo(output: str) -> None:
     result = train(config)
     after = _answers(load_generator(str(result.folder), config.engine.device))
 
-    examples = list(read_examples("demo", "auto", "eval"))
+    examples = list(examples_at("demo", split="eval"))
     for example, old, new in list(zip(examples, before, after, strict=True))[:NUM_SHOWN]:
         asked, expected = example.messages[-2].content, example.messages[-1].content
         for name, text in (
@@ -43,7 +43,7 @@ def demo(output: str) -> None:
         console.print()
     console.print(f"talk to it: tunesmith chat {result.folder}; its report: {result.folder}/report.md", highlight=False)
     right = [
-        sum(demo_answer_correct(answer, e.messages[-1].content) for answer, e in zip(answers, examples, strict=True))
+        sum(demo_answer_correct(answer, str(e.messages[-1].content)) for answer, e in zip(answers, examples, strict=True))
         for answers in (before, after)
     ]
     shares = [count / len(examples) for count in right]
@@ -54,7 +54,7 @@ def demo(output: str) -> None:
 
 
 def _answers(generator: Generator) -> list[str]:
-    prompts = [question(generator, example)[0] for example in read_examples("demo", "auto", "eval")]
+    prompts = [question(generator, example)[0] for example in examples_at("demo", split="eval")]
     return generator.answers(prompts, MAX_NEW_TOKENS, batch_size=50)
 
 

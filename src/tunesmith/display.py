@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +40,21 @@ def short_bytes(number: float) -> str:
         if number >= 2**power:
             return f"{number / 2**power:.3g} {unit}"
     return f"{number:.0f} B"
+
+
+@contextmanager
+def reading(console: Console) -> Iterator[Callable[[str, int], None]]:
+    """A line that tells how many records of which data set are read, where that takes longer than a moment."""
+    start = perf_counter()
+    with console.status("") as status:
+        if not console.is_terminal:
+            status.stop()
+
+        def watch(name: str, records: int) -> None:
+            speed = short_number(records / max(perf_counter() - start, 1e-3))
+            status.update(f"reading {name}: {records} records, {speed}/s")
+
+        yield watch
 
 
 class Progress:

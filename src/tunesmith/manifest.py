@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from tunesmith.data.samples import Counts
 from tunesmith.display import short_bytes, short_number
 from tunesmith.models.load import model_source
 
@@ -26,9 +27,7 @@ def describe(run: Run) -> list[tuple[str, str]]:
     parameters = {name: (p.numel(), p.element_size()) for name, p in run.learner.model.named_parameters()}
     trained = {name: (p.numel(), p.element_size()) for name, p in run.learner.method.params.items()}
     total, active = (sum(elements for elements, _ in shapes.values()) for shapes in (parameters, trained))
-    targets = int((samples.weights != 0).sum())
-    cut = f", {counts.truncated} truncated, {counts.dropped} dropped"
-    first_cut = f" (first: {counts.first_cut})" if counts.first_cut else ""
+    num_tokens = int(samples.lengths().sum())
     memory = run.learner.method.memory(trained)
     weights_bytes = sum(elements * size for elements, size in parameters.values())
     held = weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
@@ -38,9 +37,10 @@ def describe(run: Run) -> list[tuple[str, str]]:
     return [
         ("model", f"{config.model.path} · {short_number(total)} parameters · {config.model.precision}"),
         ("method", f"{config.method.name} · {short_number(active)} parameters train ({active / total:.2%})"),
-        ("objective", f"{config.objective.name} · {targets / len(samples.tokens):.0%} of the tokens are targets"),
-        ("data", f"{config.data.path} · {len(samples)} samples{cut}{first_cut} · {len(run.held_out)} held out"),
-        ("tokens", f"{short_number(len(samples.tokens))} an epoch · longest {samples.lengths().max()} · {packing}"),
+        ("objective", f"{config.objective.name} · {samples.target_share():.0%} of the tokens are targets"),
+        ("data", f"{config.data.shown()} · {len(samples)} samples{lost(counts)} · {len(run.held_out)} held out"),
+        *[("", f"{number} {note}") for note, number in counts.notes.items()],
+        ("tokens", f"{short_number(num_tokens)} an epoch · longest {samples.lengths().max()} · {packing}"),
         ("steps", f"{run.steps} of {config.train.batch_size} samples · {update}"),
         ("engine", f"{config.engine.name} on {run.learner.engine.device} · {torch.get_num_threads()} threads"),
         (
@@ -49,6 +49,13 @@ def describe(run: Run) -> list[tuple[str, str]]:
             f"{short_bytes(memory.optimizer_bytes)} = {short_bytes(held)}, and activations",
         ),
     ]  # fmt: skip
+
+
+def lost(counts: Counts) -> str:
+    """What of the records is not, or not wholly, among the samples."""
+    cut = f" (first: {counts.first_cut})" if counts.first_cut else ""
+    skipped = f", {counts.skipped} skipped (first: {counts.first_skipped})" if counts.skipped else ""
+    return f", {counts.truncated} truncated, {counts.dropped} dropped{cut}{skipped}"
 
 
 def manifest(run: Run, facts: list[tuple[str, str]]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from rich.console import Console
 from tunesmith.config import RunConfig
 from tunesmith.config_file import differing_keys
 from tunesmith.data.dataset import Dataset, evaluation_batches
-from tunesmith.data.samples import Samples, load_samples
-from tunesmith.data.sources import check_data_file
-from tunesmith.data.template import Renderer
-from tunesmith.display import Progress, header
+from tunesmith.data.prepare import Watch, eval_sources, load_samples, unwatched
+from tunesmith.data.render import Renderer
+from tunesmith.data.samples import Samples
+from tunesmith.data.sources import find_sources
+from tunesmith.data.stream import StreamDataset, open_stream
+from tunesmith.display import Progress, header, reading
 from tunesmith.engines import ENGINES, build_engine
 from tunesmith.engines.checkpoint import load_newest
 from tunesmith.engines.single import find_device, find_precision
@@ -28,8 +31,9 @@ from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
 from tunesmith.manifest import describe, manifest, weights_hash
 from tunesmith.methods import METHODS, NonFiniteError, build_method
-from tunesmith.models.load import load_model, load_tokenizer, model_source
+from tunesmith.models.load import chatml_for, load_model, load_tokenizer, model_source
 from tunesmith.models.probe import isolates_sequences
+from tunesmith.models.processor import load_processor
 from tunesmith.objectives import OBJECTIVES, Objective, build_objective
 from tunesmith.report import write_report
 from tunesmith.run_folder import EventLog, RunFolder, write_folder
@@ -53,7 +57,7 @@ class Run:
     learner: Learner
     pack: bool
     """Whether sequences share rows: asked for, and the model keeps them apart."""
-    data: Dataset
+    data: Dataset | StreamDataset
     steps: int
 
 
@@ -78,7 +82,8 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     else:
         folder.check_free()
     check(config)
-    run = build(config)
+    with reading(console) as watch:
+        run = build(config, watch)
     start = _restore(run, folder, console) if resume else 0
     facts = describe(run)
     header(console, f"tunesmith → {folder.path}", facts)
@@ -120,7 +125,9 @@ def _same_as_before(folder: RunFolder, config: RunConfig) -> RunConfig:
     """`config` for going on with the run in `folder`. Raises UserError that lists the settings that must not differ."""
     before = folder.read_config()
     if config.model.precision == "auto":
-        config = _with_precision(config, before.model.precision)
+        config = _with(config, "model", precision=before.model.precision)
+    if config.data.date is None:
+        config = _with(config, "data", date=before.data.date)
     before = before.model_copy(update={"output": config.output})
     refused = [line for line in differing_keys(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
     if refused:
@@ -131,8 +138,9 @@ def _same_as_before(folder: RunFolder, config: RunConfig) -> RunConfig:
     return config
 
 
-def _with_precision(config: RunConfig, precision: str) -> RunConfig:
-    return config.model_copy(update={"model": config.model.model_copy(update={"precision": precision})})
+def _with(config: RunConfig, section: str, **settings: Any) -> RunConfig:
+    """The configuration with settings of one section replaced."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=settings)})
 
 
 def check(config: RunConfig) -> None:
@@ -157,36 +165,64 @@ def check(config: RunConfig) -> None:
     template = config.model.chat_template
     if template and template != "chatml" and not Path(template).is_file():
         raise UserError(f"model.chat_template: {template}: no such file; give a Jinja file, or chatml")
-    for setting, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
-        if path not in (None, "demo"):
-            check_data_file(path, setting)
+    for part in config.data.all_sets():
+        find_sources(part)
+    eval_sources(config.data)
     model_source(config.model)
 
 
-def build(config: RunConfig) -> Run:
+def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
     device = find_device(config.engine.device)
     precision = find_precision(config.model.precision, device, trains_all=config.method.name != "lora")
-    config = _with_precision(config, precision)
-    tokenizer = load_tokenizer(config.model)
-    objective = build_objective(config.objective)
-    samples, held_out = load_samples(config.data, Renderer(tokenizer, objective.learns_all))
+    config = _with(config, "model", precision=precision)
+    config, renderer = build_renderer(config)
+    tokenizer, objective = renderer.tokenizer, build_objective(config.objective)
+    stream = None
+    if config.data.stream:
+        stream, samples, held_out = open_stream(config, renderer)
+    else:
+        samples, held_out = load_samples(config.data, renderer, watch)
+    if renderer.template_is_ours and not samples.counts.conversations:
+        tokenizer.chat_template = None  # the model will not know it
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     model = load_model(config.model, torch.bfloat16 if precision == "bf16" else torch.float32)
     _check_fits(config, model, samples, held_out)
-    pack = (config.data.pack if config.data.pack is not None else device.type != "cpu") and isolates_sequences(model)
+    pack = config.data.pack if config.data.pack is not None else device.type != "cpu"
+    pack = pack and not samples.have_media and not held_out.have_media and isolates_sequences(model)
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
     learner = Learner(
         model, build_engine(config.engine, precision), build_method(config), config.train.micro_batch_tokens
     )
 
     wanted = config.train
-    seen = max(1, round(wanted.epochs * len(samples)))
+    if stream is not None:
+        assert wanted.steps, "RunConfig asks for it"
+        return Run(
+            config, tokenizer, objective, samples, held_out, learner, pack, replace(stream, pack=pack), wanted.steps
+        )
+    data = Dataset(samples, config.data, wanted.batch_size, pack, config.seed)
+    seen = max(1, round(wanted.epochs * data.epoch_samples))
     steps = wanted.steps or math.ceil(seen / wanted.batch_size)
-    last = None if wanted.steps else seen
-    data = Dataset(samples, wanted.batch_size, config.data.max_tokens, pack, config.seed, last)
+    data = replace(data, last=None if wanted.steps else seen)
     return Run(config, tokenizer, objective, samples, held_out, learner, pack, data, steps)
+
+
+def build_renderer(config: RunConfig) -> tuple[RunConfig, Renderer]:
+    """What makes text of examples, for this model and objective; and the configuration with the day that a template shows."""
+    tokenizer, processor = load_tokenizer(config.model), load_processor(config.model)
+    if processor is not None and processor.chat_template and not config.model.chat_template:
+        tokenizer.chat_template = processor.chat_template
+    ours = not tokenizer.chat_template
+    if ours:
+        tokenizer.chat_template = chatml_for(tokenizer)
+    if config.data.date is None and "strftime_now" in str(tokenizer.chat_template):
+        config = _with(config, "data", date=datetime.date.today().isoformat())
+    objective = OBJECTIVES[config.objective.name]
+    return config, Renderer(
+        tokenizer, config.data, objective.learns_all, objective.pairs, ours, processor=processor
+    )
 
 
 def _check_fits(config: RunConfig, model: Any, *sets: Samples) -> None:
@@ -199,9 +235,9 @@ def _check_fits(config: RunConfig, model: Any, *sets: Samples) -> None:
                 f"data.max_tokens: the longest sample has {samples.lengths().max()} tokens, but the model knows {positions} "
                 f"positions; set data.max_tokens to {positions} at most"
             )
-        if len(samples) and samples.tokens.max() >= rows:
+        if samples.max_token() >= rows:
             raise UserError(
-                f"{config.model.path}: the tokenizer gives token id {samples.tokens.max()}, but the model has {rows} "
+                f"{config.model.path}: the tokenizer gives token id {samples.max_token()}, but the model has {rows} "
                 "embeddings: they do not belong together"
             )
 
@@ -210,8 +246,8 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
     """Load the newest whole checkpoint; returns its step, or 0 if the run died before its first one."""
     before = folder.read_manifest()
     for what, key, now in (
-        (run.config.data.path, "data_fingerprint", run.samples.fingerprint()),
-        (run.config.data.eval_path or run.config.data.path, "held_out_fingerprint", run.held_out.fingerprint()),
+        (run.config.data.shown(), "data_fingerprint", run.samples.fingerprint()),
+        (run.config.data.eval_path or run.config.data.shown(), "held_out_fingerprint", run.held_out.fingerprint()),
         (run.config.model.path, "base_weights_hash", weights_hash(model_source(run.config.model))),
     ):
         if before.get(key) not in (None, now):
@@ -228,6 +264,8 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
 
 def _save_model(run: Run, folder: Path) -> None:
     run.learner.method.save(folder)
+    if run.samples.processor is not None:
+        run.samples.processor.save(folder)
     run.tokenizer.save_pretrained(folder)
 
 
@@ -236,7 +274,7 @@ def _wants_tensorboard(config: RunConfig) -> bool:
 
 
 def _diverged(error: NonFiniteError, run: Run, saved: int) -> str:
-    places = ", ".join(str(run.samples.places[index]) for index in run.data.indices(error.step)[:8])
+    places = ", ".join(map(str, run.data.places(error.step)[:8]))
     kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been due yet"
     return (
         f"step {error.step + 1}: {error}; the parameters were not changed by it, and {kept}. Samples of this step: {places}. "

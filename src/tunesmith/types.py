@@ -6,9 +6,10 @@ the same record with one sequence a row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,17 +21,57 @@ class Place:
 
     file: str
     line: int
-    """1-based line of a text file; 1-based record number elsewhere."""
+    """1-based line of a file with a record a line; 1-based record number elsewhere (.json, .parquet, .arrow, hub)."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True)
+class Media:
+    """An image, audio or video inside a message."""
+
+    kind: Literal["image", "audio", "video"]
+    source: str | bytes
+    """Path of a local file, or the encoded file itself."""
+
+
+@dataclass(frozen=True)
+class Insert:
+    """What a processor writes into a text in place of a placeholder for media."""
+
+    start: int
+    stop: int
+    """Characters of the placeholder."""
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a function by the assistant."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True)
 class Message:
+    """One turn of a conversation."""
+
     role: str
-    """system, user or assistant."""
-    content: str
+    """system, user, assistant or tool."""
+    content: str | tuple[str | Media, ...] = ""
+    """Text, or text and media in order."""
+    reasoning: str = ""
+    """What the assistant thought before `content`."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    """Of the tool that speaks, for the role tool."""
+    call_id: str | None = None
+    """The call that a tool's message answers."""
+    weight: float | None = None
+    """Loss weight of this turn; None: as `data.learn` says."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +90,18 @@ class Example:
     place: Place
     messages: tuple[Message, ...] = ()
     pieces: tuple[Piece, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON schemas of the functions that the assistant may call, in OpenAI's form."""
+    rejected: Example | None = None
+    """Of a preference pair the worse one, prompt included; this example is the better one."""
+    desirable: bool | None = None
+    """Unpaired feedback on the last answer (KTO)."""
+    answer: str | None = None
+    """What a verifier compares a generated answer with."""
+    choices: tuple[str, ...] = ()
+    """Classification: the words of all classes; the last answer is the right one of them."""
+    folder: str = ""
+    """Where relative paths of media start."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +120,17 @@ class Batch:
     """int64 index of the sample in the data set that each sequence comes from."""
     group_N: Tensor
     """int64 id: sequences of one group (a preference pair, say) never part. Ids rise from row to row."""
+    media_N: tuple[Mapping[str, Tensor], ...] = ()
+    """What the model reads of each sequence beside its tokens: a processor's tensors. Empty if no sequence has any; if one
+    has, each sequence has a row of its own."""
 
-    def to(self, device: object) -> Batch:
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+    def to(self, device: Any) -> Batch:
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "media_N"}
+        return replace(
+            self,
+            **{name: column.to(device, non_blocking=True) for name, column in columns.items()},
+            media_N=tuple({k: x.to(device, non_blocking=True) for k, x in media.items()} for media in self.media_N),
+        )
 
     def num_tokens(self) -> Tensor:
         """Tokens that are not padding; int64 scalar."""
@@ -83,8 +144,10 @@ class Batch:
     def rows(self, start: int, stop: int) -> Batch:
         """Rows start … stop-1, cut to the longest of them. Sequence ids stay those of the whole batch."""
         used = slice(start, stop), slice(0, max(self.row_ends()[start:stop]))
+        here = set(self.sequence_BT[used].unique().tolist()) if self.media_N else set()
         return replace(
             self,
+            media_N=tuple(media if n in here else {} for n, media in enumerate(self.media_N)),
             tokens_BT=self.tokens_BT[used],
             positions_BT=self.positions_BT[used],
             sequence_BT=self.sequence_BT[used],

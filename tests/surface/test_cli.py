@@ -165,6 +165,6 @@ def test_generate_refuses_an_existing_output() -> None:
 def test_generate_names_a_bad_record_before_it_loads_the_model() -> None:
     Path("prompts.jsonl").write_text('{"text": "x"}\n{"text": 5}\n')
     assert refusal("generate", "./no-model", "prompts.jsonl", "-o", "answers.jsonl") == (
-        "prompts.jsonl:2: text: expected text, found int; write it as a string"
+        "prompts.jsonl:2:10 text: expected text, found int: write it as a string"
     )
     assert not Path("answers.jsonl").exists()

@@ -143,11 +143,18 @@ def test_samples_longer_than_the_positions_that_the_model_has(make_config: MakeC
 
 def test_chat_data_with_a_model_without_chat_template(make_config: MakeConfig, model: Path, chat_file: Path) -> None:
     (model / "chat_template.jinja").unlink()
-    assert refusal(make_config(model={"path": str(model)})) == (
-        f"{chat_file}:1: a conversation, but the model's tokenizer has no chat template; "
-        "set model.chat_template to a Jinja file or to chatml, or use an instruction-tuned model"
-    )
-    assert run(make_config(model={"path": str(model), "chat_template": "chatml"}, train={"steps": 1})).finished
+    """ChatML stands in for it, and the run says so; the model that it saves has it."""
+    result = run(make_config(model={"path": str(model)}, train={"steps": 1}))
+    report = (result.folder / "report.md").read_text()
+    assert "24 conversations rendered as ChatML: the tokenizer has no chat template" in report
+    assert "<|im_start|>" in (result.folder / "model" / "chat_template.jinja").read_text()
+
+
+def test_plain_text_with_a_model_without_chat_template(make_config: MakeConfig, model: Path, tmp_path: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    (tmp_path / "a.txt").write_text("What follows 3?\nAfter 3 comes 4.\n")
+    result = run(make_config(model={"path": str(model)}, data={"path": str(tmp_path / "a.txt")}, train={"steps": 1}))
+    assert not (result.folder / "model" / "chat_template.jinja").exists()
 
 
 def test_a_chat_template_that_is_missing_or_no_jinja(make_config: MakeConfig, tmp_path: Path, chat_file: Path) -> None:
@@ -155,7 +162,7 @@ def test_a_chat_template_that_is_missing_or_no_jinja(make_config: MakeConfig, tm
     config = make_config(model={"chat_template": str(file)})
     assert refusal(config) == f"model.chat_template: {file}: no such file; give a Jinja file, or chatml"
     file.write_text("{% for message in messages %}")
-    assert refusal(config).startswith(f"{chat_file}:1: the model's chat template refuses this conversation: ")
+    assert refusal(config).startswith(f"{chat_file}:1:1: the model's chat template refuses this conversation: ")
 
 
 def test_a_data_file_that_is_missing(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -172,17 +179,17 @@ def test_a_bad_record_in_the_middle(make_config: MakeConfig, chat_file: Path) ->
     lines = chat_file.read_text().splitlines()
     chat_file.write_text("\n".join([*lines[:3], "{", *lines[3:]]))
     assert refusal(make_config()) == (
-        f"{chat_file}:4: not JSON: Expecting property name enclosed in double quotes; one object per line is expected"
+        f"{chat_file}:4:2: not JSON: Expecting property name enclosed in double quotes: one object per line is expected"
     )
 
 
 def test_data_of_which_nothing_is_left(make_config: MakeConfig, chat_file: Path) -> None:
     assert refusal(make_config(data={"eval_fraction": 1.0})) == (
-        f"data.eval_fraction: 1.0 leaves nothing of {chat_file} to train on"
+        "data.eval_fraction: 1.0 leaves nothing of the data to train on"
     )
     assert refusal(make_config(data={"max_tokens": 8})) == (
-        f"{chat_file}: nothing to learn from: all 24 samples lost their answers at data.max_tokens: 8; raise it, or set "
-        "data.truncation: left"
+        f"{chat_file}: nothing to learn from in 24 records: 24 lost their answers at data.max_tokens: 8; raise "
+        "data.max_tokens, or set data.truncation: left"
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from tunesmith.config import LoraConfig, RunConfig, Section
+from tunesmith.config import LoraConfig, RunConfig, Section, SetConfig
 from tunesmith.config_file import config_from_dict, differing_keys, dump_config, json_schema, load_config
 from tunesmith.data.formats import FORMATS
 from tunesmith.engines import ENGINES
@@ -66,8 +66,12 @@ def test_the_shortest_config_resolves_to_the_documented_defaults() -> None:
             "trust_remote_code": False,
         },
         "data": {
-            "path": "demo", "format": "auto", "eval_path": None, "eval_fraction": 0.05, "max_eval_samples": 200,
-            "max_tokens": 2048, "truncation": "right", "pack": None,
+            "path": "demo", "format": "auto", "columns": {}, "names": (), "split": "train", "subset": None, "labels": (),
+            "prompt": "", "text_unit": "line", "weight": 1.0, "repeat": 1.0, "max_samples": None, "sets": (),
+            "mix": "concat", "temperature": None, "eval_path": None, "eval_fraction": 0.05, "max_eval_samples": 200,
+            "max_tokens": 2048, "truncation": "right", "learn": "assistant", "as_chat": None, "template_variables": {},
+            "date": None, "bad_records": "stop", "parse_special_tokens": False, "stream": False,
+            "shuffle_window": 10_000, "pack": None,
         },
         "output": "runs/a",
         "objective": {"name": "sft"},
@@ -222,7 +226,7 @@ def test_a_mistake_is_named_with_its_line(line: str, message: str) -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    assert refusal("model: demo\n") == "run.yaml: data: missing; add it\nrun.yaml: output: missing; add it"
+    assert refusal("model: demo\n") == "run.yaml: data: missing; add it"
     assert refusal("model: {precision: fp32}\ndata: demo\noutput: a\n") == "run.yaml:1: model.path: missing; add it"
 
 
@@ -264,7 +268,7 @@ def test_one_mistake_has_one_line_even_where_two_types_are_possible(targets: str
         ("sed=1", "override sed=1: sed: unknown; did you mean seed?"),
         ("train.steps=0", "override train.steps=0: train.steps: input should be greater than 0, got 0"),
         ("data.format=csv", "override data.format=csv: data.format: input should be 'auto', 'messages', 'sharegpt', "
-         "'alpaca', 'prompt_completion' or 'text', got 'csv'"),
+         "'alpaca', 'prompt_completion', 'text', 'preference', 'unpaired', 'prompt_answer' or 'classification', got 'csv'"),
         ("methd.rank=4", "override methd.rank=4: methd: unknown; did you mean method?"),
     ],
 )  # fmt: skip
@@ -301,7 +305,40 @@ def test_anchors_and_merge_keys_work() -> None:
 def test_from_python_the_name_stands_for_the_file() -> None:
     with pytest.raises(UserError) as caught:
         config_from_dict({"model": "demo", "data": "demo", "metod": "lora"}, "sweep 3")
-    assert str(caught.value) == "sweep 3: output: missing; add it\nsweep 3: metod: unknown; did you mean method?"
+    assert str(caught.value) == "sweep 3: metod: unknown; did you mean method?"
+    with pytest.raises(UserError) as caught:
+        config_from_dict({"model": "demo", "data": "demo"}, "sweep 3")
+    assert str(caught.value) == "sweep 3: output: missing; add it"
+
+
+def test_a_run_is_named_after_its_file() -> None:
+    Path("poems.yaml").write_text("model: demo\ndata: demo\n")
+    assert load_config("poems.yaml").output == "runs/poems"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{}", "run.yaml:2: data: missing: give path (or sets)"),
+        ("{path: a, sets: [b]}", "run.yaml:2: data: give either path or sets"),
+        (
+            "{path: a, stream: true}",
+            "run.yaml: data.stream: nobody knows how long an epoch of a stream is: set train.steps",
+        ),
+    ],
+)
+def test_what_goes_together(data: str, message: str) -> None:
+    assert refusal(f"model: demo\ndata: {data}\n") == message
+
+
+def test_data_sets_are_one_path_or_several() -> None:
+    one = config_from_dict({"model": "demo", "output": "a", "data": {"path": "x", "format": "text", "weight": 2}}).data
+    assert one.all_sets() == (SetConfig(path="x", format="text", weight=2),)
+    several = config_from_dict(
+        {"model": "demo", "output": "a", "data": {"sets": ["x", {"path": "y", "names": ["n"]}]}}
+    ).data
+    assert several.all_sets() == (SetConfig(path="x"), SetConfig(path="y", names=("n",)))
+    assert (one.shown(), several.shown()) == ("x", "x + y n")
 
 
 @pytest.mark.parametrize(("axis", "name"), CHOICES)
@@ -341,7 +378,7 @@ def test_the_table_of_an_axis_holds_what_the_config_offers(axis: str) -> None:
 
 def test_the_other_tables_hold_what_the_config_offers() -> None:
     data = members(RunConfig.model_fields["data"].annotation)[0]
-    assert ["auto", *FORMATS] == list(get_args(data.model_fields["format"].annotation))
+    assert {"auto", *FORMATS} == set(get_args(data.model_fields["format"].annotation))
     assert list(STATE_BYTES_PER_ELEMENT) == names("optimizer")
 
 
@@ -377,7 +414,7 @@ def test_a_setting_without_help_text_would_be_found() -> None:
 def test_the_json_schema_offers_short_and_long_forms() -> None:
     schema = json.loads(json_schema())
     assert list(schema["properties"]) == list(RunConfig.model_fields)
-    assert schema["required"] == ["model", "data", "output"]
+    assert schema["required"] == ["model", "data"]
     assert schema["additionalProperties"] is False
     for axis in TABLES:
         short, long = schema["properties"][axis]["anyOf"]
@@ -388,7 +425,7 @@ def test_the_json_schema_offers_short_and_long_forms() -> None:
     for section in ("ModelConfig", "DataConfig"):
         short, long = schema["$defs"][section]["anyOf"]
         assert short == {"type": "string"}
-        assert long["required"] == ["path"]
+        assert long.get("required", []) == (["path"] if section == "ModelConfig" else [])
 
 
 @pytest.mark.parametrize("other", ["dora: true", "modules_to_save: [lm_head]"])

@@ -1,15 +1,19 @@
-"""`data(step)`: the batch of any step, a pure function of the samples, the seed and the step."""
+"""`data(step)`: the batch of any step, a pure function of the samples, the seed and the step, made in O(batch)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
+from typing import Any
 
-import torch
+import numpy as np
 
+from tunesmith.config import DataConfig
+from tunesmith.data.order import permute, shares
 from tunesmith.data.pack import collate
 from tunesmith.data.samples import Samples
-from tunesmith.types import Batch
+from tunesmith.types import Batch, Place
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class Dataset:
     """
 
     samples: Samples
+    config: DataConfig
     batch_size: int
-    max_tokens: int
     pack: bool
     seed: int
     last: int | None = None
@@ -29,26 +33,78 @@ class Dataset:
 
     def __call__(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
-        return collate(self.samples, self.indices(step), self.max_tokens, self.pack)
+        return collate(self.samples, self.indices(step), self.config.max_tokens, self.pack)
+
+    def places(self, step: int) -> list[Place]:
+        """Where the samples of a step come from."""
+        return [self.samples.place(index) for index in self.indices(step)]
+
+    @cached_property
+    def draws(self) -> list[int]:
+        """How many samples of each set an epoch takes: all (or `repeat` times), or its share of the mixture."""
+        sizes = [len(chosen) for chosen in self.samples.chosen]
+        if self.config.mix == "concat":
+            return [round(size * part.repeat) for size, part in zip(sizes, self.samples.sets, strict=True)]
+        power = 1 / self.config.temperature if self.config.temperature else 0.0
+        weights = [part.weight * size**power for size, part in zip(sizes, self.samples.sets, strict=True)]
+        return shares(sizes, weights, sum(sizes))
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples in an epoch."""
+        return sum(self.draws)
 
     def indices(self, step: int) -> list[int]:
-        """The samples of a step."""
+        """The samples of a step.
+
+        An epoch is a permutation of its draws. Draw d of a set is the d-th of an endless walk through the set, pass after
+        pass, each in its own order: so every sample of a set is seen equally often, whatever the set's share.
+        """
         start = step * self.batch_size
         stop = start + self.batch_size if self.last is None else min(start + self.batch_size, self.last)
-        return [self._at(position) for position in range(start, stop)]
+        epochs, positions = np.divmod(np.arange(start, stop), self.epoch_samples)
+        found = np.zeros(stop - start, np.int64)
+        ends = np.cumsum(self.draws)
+        firsts = np.cumsum([0, *(len(chosen) for chosen in self.samples.chosen)])
+        for epoch in np.unique(epochs).tolist():
+            here = np.flatnonzero(epochs == epoch)
+            slots = permute(positions[here], self.epoch_samples, self.seed, epoch)
+            of_set = np.searchsorted(ends, slots, "right")
+            for n in np.unique(of_set).tolist():
+                mine, size = of_set == n, len(self.samples.chosen[n])
+                draw = epoch * self.draws[n] + slots[mine] - (ends[n] - self.draws[n])
+                found[here[mine]] = firsts[n] + self._walk(draw, size, n)
+        return found.tolist()
 
-    def _at(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.samples))
-        return _order(len(self.samples), self.seed, epoch)[index]
+    def _walk(self, draws: np.ndarray, size: int, of_set: int) -> np.ndarray:
+        """Draws of one set → its samples."""
+        passes, positions = np.divmod(draws, size)
+        found = np.zeros_like(draws)
+        for number in np.unique(passes).tolist():
+            here = passes == number
+            found[here] = permute(positions[here], size, self.seed, of_set + 1, number)
+        return found
 
 
-def evaluation_batches(samples: Samples, batch_size: int, max_tokens: int, pack: bool) -> list[Batch]:
-    """All held-out samples in file order."""
-    starts = range(0, len(samples), batch_size)
-    return [collate(samples, range(start, min(start + batch_size, len(samples))), max_tokens, pack) for start in starts]
+@dataclass(frozen=True)
+class EvaluationBatches(Sequence[Batch]):
+    """All held-out samples in file order, each batch made when it is asked for."""
+
+    samples: Samples
+    batch_size: int
+    max_tokens: int
+    pack: bool
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __getitem__(self, number: Any) -> Any:
+        start = range(0, len(self.samples), self.batch_size)[number]
+        stop = min(start + self.batch_size, len(self.samples))
+        return collate(self.samples, range(start, stop), self.max_tokens, self.pack)
 
 
-@lru_cache(maxsize=4)
-def _order(num_samples: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(num_samples, generator=generator).tolist()
+def evaluation_batches(samples: Samples, batch_size: int, max_tokens: int, pack: bool) -> Sequence[Batch]:
+    """All held-out samples in file order. Tokens are kept; pixels would fill the memory and are read each time."""
+    batches = EvaluationBatches(samples, batch_size, max_tokens, pack)
+    return batches if samples.have_media else list(batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import heapq
 from collections.abc import Sequence
 
@@ -14,32 +13,45 @@ from tunesmith.types import Batch
 
 
 def collate(samples: Samples, indices: Sequence[int], max_tokens: int, pack: bool) -> Batch:
-    """One batch of the given samples. With `pack`, several share a row of at most `max_tokens`; else one each.
+    """One batch of the given samples. With `pack`, several share a row; else one sequence each.
 
-    Rows stand from long to short, so that neighbours that go through the model together need little padding.
+    A row holds at most `max_tokens` tokens, or with preference pairs twice as many, and a pair never parts. Rows stand
+    from long to short, so that neighbours that go through the model together need little padding.
     """
-    lengths = [int(samples.offsets[i + 1] - samples.offsets[i]) for i in indices]
-    rows = pack_rows(lengths, max_tokens) if pack else [[n] for n in np.argsort(lengths, kind="stable")[::-1].tolist()]
-    width = max(sum(lengths[n] for n in row) for row in rows)
-    tokens = np.zeros((len(rows), width), dtype=np.int64)
-    positions, sequence, weights = np.zeros_like(tokens), np.full_like(tokens, -1), np.zeros(tokens.shape, np.float32)
-    order: list[int] = []
+    groups = [samples.sequences(index) for index in indices]
+    media = [samples.media_tensors(index) for index in indices] if samples.have_media else []
+    media_N: tuple[dict[str, torch.Tensor], ...] = ()
+    with_media = any(tensors for group in media for tensors in group)
+    sizes = [sum(len(tokens) for tokens, _ in group) for group in groups]
+    if pack and not with_media:  # some models count the positions of a whole row by its images
+        packed = pack_rows(sizes, max_tokens * samples.group_size)
+        rows = [[(n, sequence) for n in row for sequence in groups[n]] for row in packed]
+    else:
+        longest_first = np.argsort([-size for size in sizes], kind="stable").tolist()
+        rows = [[(n, sequence)] for n in longest_first for sequence in groups[n]]
+        media_N = tuple(tensors for n in longest_first for tensors in media[n]) if with_media else ()
+    width = max(sum(len(tokens) for _, (tokens, _) in row) for row in rows)
+    tokens_BT = np.zeros((len(rows), width), dtype=np.int64)
+    positions_BT, sequence_BT = np.zeros_like(tokens_BT), np.full_like(tokens_BT, -1)
+    weights_BT = np.zeros(tokens_BT.shape, np.float32)
+    owners: list[int] = []
     for r, row in enumerate(rows):
         start = 0
-        for n in row:
-            source = slice(samples.offsets[indices[n]], samples.offsets[indices[n] + 1])
-            target = (r, slice(start, start + lengths[n]))
-            tokens[target], weights[target] = samples.tokens[source], samples.weights[source]
-            positions[target], sequence[target] = np.arange(lengths[n]), len(order)
-            order.append(indices[n])
-            start += lengths[n]
+        for n, (tokens, weights) in row:
+            place = r, slice(start, start + len(tokens))
+            tokens_BT[place], weights_BT[place] = tokens, weights
+            positions_BT[place], sequence_BT[place] = np.arange(len(tokens)), len(owners)
+            owners.append(n)
+            start += len(tokens)
+    first_seen = {n: group for group, n in enumerate(dict.fromkeys(owners))}
     return Batch(
-        tokens_BT=torch.from_numpy(tokens),
-        positions_BT=torch.from_numpy(positions),
-        sequence_BT=torch.from_numpy(sequence),
-        weights_BT=torch.from_numpy(weights),
-        sample_N=torch.tensor(order),
-        group_N=torch.arange(len(order)),
+        tokens_BT=torch.from_numpy(tokens_BT),
+        positions_BT=torch.from_numpy(positions_BT),
+        sequence_BT=torch.from_numpy(sequence_BT),
+        weights_BT=torch.from_numpy(weights_BT),
+        sample_N=torch.tensor([indices[n] for n in owners]),
+        group_N=torch.tensor([first_seen[n] for n in owners]),
+        media_N=media_N,
     )
 
 
@@ -61,18 +73,24 @@ def _total(row: list[int], lengths: Sequence[int]) -> int:
 
 
 def _best_fit(by_length: list[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """In linear time: rows stand in buckets by their free tokens, and a bit tells which buckets hold any."""
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    buckets: list[list[int]] = [[] for _ in range(capacity + 1)]
+    filled = 0  # bit f: buckets[f] holds a row
     for n in by_length:
-        at = bisect.bisect_left(free, (lengths[n], -1))
-        if at == len(free):
-            rows.append([n])
-            left, row = capacity - lengths[n], len(rows) - 1
-        else:
-            left, row = free.pop(at)
+        enough = filled >> lengths[n]
+        if enough:
+            free = lengths[n] + (enough & -enough).bit_length() - 1
+            row = buckets[free].pop()
+            if not buckets[free]:
+                filled ^= 1 << free
             rows[row].append(n)
-            left -= lengths[n]
-        bisect.insort(free, (left, row))
+        else:
+            free, row = capacity, len(rows)
+            rows.append([n])
+        left = free - lengths[n]
+        buckets[left].append(row)
+        filled |= 1 << left
     return rows
 
 

@@ -1,150 +1,432 @@
-"""Examples to tokens and loss weights, with the tokenizer's own chat template.
+"""The tokenizer's own chat template: a conversation to text, and where in the text each turn stands.
 
-Which tokens are learnt is found on the rendered text itself: from the template's `{% generation %}` marks where it has
-them, else from rendering prefixes of the conversation. A template for which neither is sound is refused, with the
-first difference shown.
+A turn's place is found in one of four ways, each exact or refused:
+- marks: the template says itself what is learnt, by `{% generation %}`;
+- shape: conversations of the same roles have the same text between their contents, learnt once from placeholders;
+- prefixes: the conversation up to the turn, and up to its end, both begin the whole text;
+- sentinels: characters that no text holds are put around each turn's words, and found again.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import UserError
-from tunesmith.types import Example, Message, Place
+from tunesmith.data.spelling import Dicts, Spelling, as_dicts, has_all_calls, thought_and_words, unwrap, wrap
+from tunesmith.types import Message, ToolCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+Tools = list[dict[str, Any]] | None
+
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+FIRST_PLACEHOLDER = 0x108000  # in the last private plane of Unicode, above the sentinels
+THINKS = re.compile(r"</?\w*:?think")
+PLACEHOLDER = re.compile("[\U00108000-\U0010fffd]")
+A, B = chr(FIRST_PLACEHOLDER), chr(FIRST_PLACEHOLDER + 1)
+ASKED, ANSWERED = Message("user", "a"), Message("assistant", A)
+PROBED_TOOLS: Tools = [
+    {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "description": "f",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "string", "description": "a"}},
+                "required": ["a"],
+            },
+        },
+    }
+]
+
+
+class Refused(ValueError):
+    """The template cannot render a conversation, or the place of a turn cannot be found in it."""
+
+    def __init__(self, reason: str, remedy: str, turn: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.remedy, self.turn = reason, remedy, turn
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of one example and the loss weight of predicting each."""
+    """A conversation as text."""
 
-    tokens: list[int]
-    weights: list[float]
+    text: str
+    spans: dict[int, Span]
+    """Turn → the characters that the model writes in it, end-of-turn token included."""
+    without_reasoning: frozenset[int] = frozenset()
+    """Turns whose reasoning the template left out."""
+    without_words: frozenset[int] = frozenset()
+    """Turns of which the template left out what they say beside a tool call."""
 
 
 @dataclass(frozen=True)
-class Renderer:
-    """Renders examples for one tokenizer. `learn_all`: loss on every token (pretrain), not only on answers (sft)."""
+class _Shape:
+    """What a template puts around the contents of conversations with the same roles."""
+
+    gaps: list[str]
+    """Text before the first content, between contents, and after the last one."""
+    around: dict[int, tuple[int, int]]
+    """Turn → characters before and after its content that belong to its span; turns that can be placed."""
+
+    def spans(self, contents: Sequence[str], text: str) -> dict[int, Span] | None:
+        """Where the turns stand, if the text is exactly these gaps and the contents, trimmed or not."""
+        if not text.startswith(self.gaps[0]):
+            return None
+        spans, position = {}, len(self.gaps[0])
+        for turn, content in enumerate(contents):
+            if not text.startswith(content + self.gaps[turn + 1], position):
+                content = content.strip()
+                if not text.startswith(content + self.gaps[turn + 1], position):
+                    return None
+            if turn in self.around:
+                lead, tail = self.around[turn]
+                spans[turn] = position - lead, position + len(content) + tail
+            position += len(content) + len(self.gaps[turn + 1])
+        return spans if position == len(text) else None
+
+
+@dataclass
+class ChatTemplate:
+    """One tokenizer's template with its variables. Methods raise Refused."""
 
     tokenizer: PreTrainedTokenizerBase
-    learn_all: bool
+    variables: dict[str, Any] = field(default_factory=dict)
+    date: str | None = None
+    """The day (ISO) that a template prints which prints today's; None: today."""
+    _shapes: dict[tuple[str, ...], _Shape | None] = field(default_factory=dict)
 
-    def render(self, example: Example) -> Rendered:
-        """Tokens and weights. Raises UserError if the template cannot render it or nothing is there to learn."""
-        rendered = self._conversation(example) if example.messages else self._plain_text(example)
-        weights = [1.0] * len(rendered.tokens) if self.learn_all else rendered.weights
-        if weights:
-            weights[0] = 0.0  # nothing stands before the first token to predict it from
-        if not any(weights):
-            raise UserError(
-                f"{example.place}: nothing to learn from: no answer in it; "
-                "give an assistant turn or completion that is not empty, or remove the record"
-            )
-        return Rendered(rendered.tokens, weights)
-
-    def _plain_text(self, example: Example) -> Rendered:
-        text, spans = "", []
-        for piece in example.pieces:
-            if piece.learn and piece.text:
-                spans.append((len(text), len(text) + len(piece.text)))
-            text += piece.text
-        tokens, weights = self._tokenize(text, spans, add_special_tokens=True, place=example.place)
-        eos = self.tokenizer.eos_token_id
-        if eos is not None and spans:
-            if tokens[-1:] != [eos]:
-                tokens, weights = [*tokens, eos], [*weights, 1.0]
-            weights[-1] = 1.0
-        return Rendered(tokens, weights)
-
-    def _conversation(self, example: Example) -> Rendered:
-        messages = [{"role": message.role, "content": message.content} for message in example.messages]
-        if GENERATION_MARK.search(self._template(example.place)):
-            return self._marked_by_template(messages, example.place)
-        text = self.chat_text(messages, example.place)
-        spans = [] if self.learn_all else self._answer_spans(example.messages, messages, text, example.place)
-        return Rendered(*self._tokenize(text, spans, False, example.place))
-
-    def chat_text(self, messages: list[dict[str, str]], place: Place, prompt: bool = False) -> str:
+    def text(self, messages: Dicts, tools: Tools = None, prompt: bool = False) -> str:
         """The conversation as text; with `prompt`, up to where the assistant's next answer begins."""
+        return self._jinja(messages, tools, add_generation_prompt=prompt)[0]
+
+    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], turns: Iterable[int]) -> Rendered:
+        """The conversation, and where the wanted turns stand in it."""
+        dicts, given, wanted = self.dicts(messages), list(tools) or self._no_tools, sorted(turns)
+        if GENERATION_MARK.search(self.source(given)):
+            text, spans = self._by_marks(messages, dicts, given, wanted)
+            return self._checked(messages, text, spans)
+        text = self.text(dicts, given)
+        if not wanted:
+            return Rendered(text, {})
+        if not given and all(_is_plain(message) for message in messages):
+            found = self._by_shape(tuple(m.role for m in messages), [str(m.content) for m in messages], text)
+            if found is not None and found.keys() >= set(wanted):
+                return Rendered(text, {turn: found[turn] for turn in wanted})
+        return self._checked(messages, text, self._slowly(dicts, given, text, wanted))
+
+    def source(self, tools: Tools = None) -> str:
+        """The Jinja source that is used with these tools."""
+        return self._pinned_date + self.tokenizer.get_chat_template(tools=tools)
+
+    @property
+    def prints_the_date(self) -> bool:
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
+    @cached_property
+    def ends_answers(self) -> bool:
+        """Whether a special token ends the last answer: without it, the model does not learn where to stop."""
+        return self._last_special(self._tails[0]) is not None
+
+    @cached_property
+    def renders_reasoning(self) -> bool:
+        """Whether the reasoning of a conversation's last answer comes out at all."""
+        return self._reads_reasoning or self._reads_thought_in_content
+
+    def dicts(self, messages: Sequence[Message]) -> Dicts:
+        """Messages as this template reads them."""
+        spelling = Spelling()
+        if any(message.tool_calls for message in messages):
+            spelling = self._spelling_of_calls
+        if any(message.reasoning for message in messages) and not self._reads_reasoning:
+            inline = self._reads_thought_in_content
+            spelling = Spelling(spelling.arguments_as_text, spelling.no_content_beside_calls, inline)
+        return as_dicts(messages, spelling)
+
+    def _jinja(self, messages: Dicts, tools: Tools, **options: Any) -> Any:
+        """(text, character spans of `{% generation %}` blocks)."""
         from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-        self._template(place)
+        variables = {**self.tokenizer.special_tokens_map, **self.variables}
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"{place}: the model's chat template refuses this conversation: {error}") from error
-        assert isinstance(text, str)
-        return text
-
-    def _template(self, place: Place) -> str:
-        template = self.tokenizer.chat_template
-        if not template:
-            raise UserError(
-                f"{place}: a conversation, but the model's tokenizer has no chat template; "
-                "set model.chat_template to a Jinja file or to chatml, or use an instruction-tuned model"
+            texts, marks = render_jinja_template(
+                [messages], tools, chat_template=self.source(tools), **options, **variables
             )
-        return template if isinstance(template, str) else str(template)
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise Refused(
+                f"the model's chat template refuses this conversation: {reason}",
+                "change the record, or set model.chat_template to a template that takes it",
+            ) from error
+        return texts[0], marks[0] if marks else []
 
-    def _marked_by_template(self, messages: list[dict[str, str]], place: Place) -> Rendered:
-        self.chat_text(messages, place)  # a template's refusal is reported by it
-        encoded: Any = self.tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
+    @cached_property
+    def _pinned_date(self) -> str:
+        """Jinja source that makes `strftime_now` give the fixed day: the same conversation has the same tokens tomorrow."""
+        if not (self.prints_the_date and self.date):
+            return ""
+        day = datetime.datetime.fromisoformat(self.date)
+        formats = re.findall(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")""", str(self.tokenizer.chat_template))
+        dates = {text: day.strftime(text) for pair in formats for text in pair}
+        return f"{{% macro strftime_now(format) %}}{{{{ {json.dumps(dates)}[format] }}}}{{% endmacro %}}{{{{ '' }}}}"
+
+    def _by_marks(
+        self, messages: Sequence[Message], dicts: Dicts, tools: Tools, wanted: list[int]
+    ) -> tuple[str, dict[int, Span]]:
+        text, marks = self._jinja(dicts, tools, return_assistant_tokens_mask=True)
+        answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+        if len(marks) != len(answers):
+            raise Refused(
+                f"the model's chat template marks {len(marks)} stretches as generated, but the conversation has "
+                f"{len(answers)} assistant turns, so their weights cannot be placed",
+                "set model.chat_template to a template that marks each turn, or one without {% generation %} marks",
+            )
+        spans = dict(zip(answers, marks, strict=True))
+        others = [turn for turn in wanted if turn not in spans]
+        return text, {turn: spans[turn] for turn in wanted if turn in spans} | (
+            self._slowly(dicts, tools, text, others) if others else {}
         )
-        return Rendered(list(encoded["input_ids"]), [float(flag) for flag in encoded["assistant_masks"]])
 
-    def _answer_spans(
-        self, turns: tuple[Message, ...], messages: list[dict[str, str]], text: str, place: Place
-    ) -> list[Span]:
-        """Character spans of the assistant's answers, end-of-turn token included, in the whole rendered text."""
-        spans = []
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant" or not turn.content:
-                continue
-            before = self.chat_text(messages[:index], place, prompt=True)
-            after = self.chat_text(messages[: index + 1], place)
+    def _by_shape(self, roles: tuple[str, ...], contents: list[str], text: str) -> dict[int, Span] | None:
+        if roles not in self._shapes:
+            self._shapes[roles] = self._learn_shape(roles)
+        shape = self._shapes[roles]
+        return None if shape is None else shape.spans(contents, text)
+
+    def _learn_shape(self, roles: tuple[str, ...]) -> _Shape | None:
+        """From a conversation whose contents are one placeholder character each; None if they do not come out in order."""
+        placeholders = [chr(FIRST_PLACEHOLDER + turn) for turn in range(len(roles))]
+        messages = [Message(role, content) for role, content in zip(roles, placeholders, strict=True)]
+        dicts = self.dicts(messages)
+        text = self.text(dicts, self._no_tools)
+        if PLACEHOLDER.findall(text) != placeholders:
+            return None
+        at = [text.index(placeholder) for placeholder in placeholders]
+        gaps = [text[start + 1 : stop] for start, stop in pairwise([-1, *at, len(text)])]
+        around = {}
+        for of_assistant in (True, False):
+            wanted = [turn for turn, role in enumerate(roles) if (role == "assistant") == of_assistant]
+            with suppress(Refused):
+                spans = self._slowly(dicts, self._no_tools, text, wanted)
+                around |= {turn: (at[turn] - start, stop - at[turn] - 1) for turn, (start, stop) in spans.items()}
+        return _Shape(gaps, around)
+
+    def _slowly(self, dicts: Dicts, tools: Tools, text: str, wanted: list[int]) -> dict[int, Span]:
+        """By prefixes, else by sentinels; of what the model does not write, the words and what ends them."""
+        answers = [turn for turn in wanted if dicts[turn]["role"] == "assistant"]
+        others = [turn for turn in wanted if turn not in answers]
+        unstable = Refused(
+            "the model's chat template puts more than the answer at the end, so the loss cannot be placed",
+            "set model.chat_template to one that puts it there for add_generation_prompt alone",
+        )
+        spans = self._by_sentinels(dicts, tools, text, others, unstable) if others else {}
+        try:
+            if self._appends_to_the_end:
+                raise unstable
+            return spans | self._by_prefixes(dicts, tools, text, answers)
+        except Refused as reason:
+            return spans | self._by_sentinels(dicts, tools, text, answers, reason)
+
+    def _by_prefixes(self, dicts: Dicts, tools: Tools, text: str, wanted: list[int]) -> dict[int, Span]:
+        spans = {}
+        for turn in wanted:
+            before = self.text(dicts[:turn], tools, prompt=True) if turn else ""
+            after = self.text(dicts[: turn + 1], tools)
             for prefix in (before, after):
                 if not text.startswith(prefix):
-                    raise UserError(_unstable(prefix, text, index, place))
-            spans.append((len(before), self._end_of_turn(text, len(before), len(after))))
+                    raise Refused(*_unstable(prefix, text, turn))
+            spans[turn] = (len(before), len(before) + len(self._own(text[len(before) : len(after)])))
         return spans
 
-    def _end_of_turn(self, text: str, start: int, stop: int) -> int:
-        """Without the white space that some templates put behind the end-of-turn token: generation stops before it."""
-        stripped = text[start:stop].rstrip()
-        ends_with_token = any(
-            token.special and stripped.endswith(token.content) for token in self.tokenizer.added_tokens_decoder.values()
-        )
-        return start + len(stripped) if ends_with_token else stop
+    def _by_sentinels(
+        self, dicts: Dicts, tools: Tools, text: str, wanted: list[int], unstable: Refused
+    ) -> dict[int, Span]:
+        """Raises `unstable`, which shows the first difference, where the sentinels do not come through unharmed."""
+        for wrapped in (range(len(dicts)), wanted):  # a template may look at the words of some turns, of users' mostly
+            unwrapped, found = self._unwrapped(dicts, tools, wrapped)
+            if unwrapped == text:
+                break
+        else:
+            raise unstable
+        spans = {}
+        for turn in wanted:
+            if turn not in found:
+                raise _left_out("tool calls" if dicts[turn].get("tool_calls") else "this turn", turn)
+            first, last = found[turn]
+            earlier = [found[n][1] for n in found if n < turn and dicts[n]["role"] != "system"]
+            later = [found[n][0] for n in found if n > turn]
+            low, high = max(earlier, default=0), min(later, default=len(text))
+            if not low <= first <= last <= high:  # the template moves turns
+                raise unstable
+            if dicts[turn]["role"] != "assistant":
+                end = self._own(self._tails[0])
+                spans[turn] = first, last + (len(end) if text.startswith(end, last) else 0)
+            else:
+                start = self._start(dicts, tools, text, turn, (low, first))
+                stop = self._stop(dicts, tools, turn, text[last:high])
+                if start is None or stop is None:
+                    raise unstable
+                spans[turn] = start, last + stop
+        return spans
 
-    def _tokenize(
-        self, text: str, spans: list[Span], add_special_tokens: bool, place: Place
-    ) -> tuple[list[int], list[float]]:
-        if not self.tokenizer.is_fast:
-            raise UserError(f"{self.tokenizer.name_or_path}: needs a fast tokenizer (tokenizer.json) to place the loss")
+    def _unwrapped(self, dicts: Dicts, tools: Tools, wrapped: Iterable[int]) -> tuple[str | None, dict[int, Span]]:
+        chosen = set(wrapped)
         try:
-            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise UserError(f"{place}: text that is no Unicode (half a surrogate pair); remove it") from error
-        weights, span = [0.0] * len(encoded["input_ids"]), 0
-        for index, (start, stop) in enumerate(encoded["offset_mapping"]):
-            while span < len(spans) and stop > spans[span][1]:
-                span += 1
-            weights[index] = float(span < len(spans) and start >= spans[span][0] and stop > spans[span][0])
-        return list(encoded["input_ids"]), weights
+            return unwrap(self.text([wrap(turn, n) if n in chosen else turn for n, turn in enumerate(dicts)], tools))
+        except Refused:  # sentinels can be taken amiss
+            return None, {}
+
+    def _start(self, dicts: Dicts, tools: Tools, text: str, turn: int, gap: Span) -> int | None:
+        """Where the model begins to write: behind the prompt, or what of it stands in the gap; or at its own words."""
+        low, first = gap
+        try:
+            before, prompt = (self.text(dicts[:turn], tools, prompt=prompt) for prompt in (False, True))
+        except Refused:
+            before = prompt = ""
+        if prompt and text.startswith(prompt) and low <= len(prompt) <= first:
+            return len(prompt)
+        header = prompt[len(before) :] if prompt.startswith(before) else ""
+        for begun in (
+            header,
+            THINKS.split(header)[0],
+            header[: header.find("\n") + 1],
+        ):  # without <think>; the role's line
+            at = text.rfind(begun, low, first) if begun else -1
+            if at >= 0:
+                return at + len(begun)
+        return None if dicts[turn].get("tool_calls") else first
+
+    def _stop(self, dicts: Dicts, tools: Tools, turn: int, gap: str) -> int | None:
+        """How much of the gap behind the turn's words is the model's: what the template puts there if the turn is last."""
+        unwrapped, found = self._unwrapped(dicts[: turn + 1], tools, [turn])
+        if unwrapped is None or turn not in found:
+            return None
+        own = self._own(unwrapped[found[turn][1] :])
+        if gap.startswith(own):
+            return len(own)
+        end = self._last_special(own)
+        if end is not None and end in gap:
+            return gap.index(end) + len(end)
+        return None if dicts[turn].get("tool_calls") else 0
+
+    def _own(self, tail: str) -> str:
+        """Of a text that ends with a conversation's last answer, what the model writes: the end of the turn is the last."""
+        if self._appends_to_the_end and self._special:
+            token = self._special.search(tail)
+            if token is None:
+                return tail
+            begins_a_turn = self._header.startswith(token.group())
+            return tail[: token.start() if begins_a_turn else token.end()]
+        end = self._last_special(tail)
+        return tail if end is None else tail.rstrip()  # generation stops before white space behind the token
+
+    @cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        names = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
+
+    def _last_special(self, tail: str) -> str | None:
+        """The special token with which the text ends, but for white space."""
+        stripped = tail.rstrip()
+        tokens = self._special.findall(tail) if self._special else []
+        return tokens[-1] if tokens and stripped.endswith(tokens[-1]) else None
+
+    @cached_property
+    def _header(self) -> str:
+        """What begins an answer."""
+        before, prompt = (self._probed([ASKED], prompt=prompt) for prompt in (False, True))
+        return prompt[len(before) :] if prompt.startswith(before) else ""
+
+    @cached_property
+    def _tails(self) -> tuple[str, ...]:
+        """What stands behind an answer at the end of a conversation, and behind one that another question follows."""
+        return tuple(self._probed([ASKED, ANSWERED, *more]).partition(A)[2] for more in ([], [ASKED]))
+
+    @cached_property
+    def _appends_to_the_end(self) -> bool:
+        """Whether the template ends every conversation with words that are not the answer's, as the next one's beginning."""
+        last, inner = (tail.rstrip() for tail in self._tails)
+        return bool(inner) and not inner.startswith(last) and last != self._last_special(last)
+
+    def _probed(self, messages: Sequence[Message], spelling: Spelling = Spelling(), prompt: bool = False) -> str:
+        """Empty where the template refuses the messages, without tools and with them."""
+        for tools in (self._no_tools, PROBED_TOOLS):
+            with suppress(Refused):
+                return self.text(as_dicts(messages, spelling), tools, prompt)
+        return ""
+
+    @cached_property
+    def _no_tools(self) -> Tools:
+        """An empty list where the template takes nothing else for no tools."""
+        for tools in (None, []):
+            with suppress(Refused):
+                self.text(as_dicts([ASKED, ANSWERED]), tools)
+                return tools
+        return None
+
+    @cached_property
+    def _spelling_of_calls(self) -> Spelling:
+        turn = Message("assistant", tool_calls=(ToolCall(A, {"a": B}),))
+        for no_content, as_text in product((False, True), repeat=2):
+            text = self._probed([ASKED, turn], spelling := Spelling(as_text, no_content))
+            if A in text and B in text:
+                return spelling
+        return Spelling()
+
+    @cached_property
+    def _reads_reasoning(self) -> bool:
+        return A in self._probed([ASKED, Message("assistant", "a", reasoning=A)])
+
+    @cached_property
+    def _reads_thought_in_content(self) -> bool:
+        knows = "think>" in str(self.tokenizer.chat_template)
+        turn = Message("assistant", "a", reasoning=A)
+        return knows and A in self._probed([ASKED, turn], Spelling(thought_in_content=True))
+
+    def _checked(self, messages: Sequence[Message], text: str, spans: dict[int, Span]) -> Rendered:
+        """The template may have left words out. Raises where these are of a tool call."""
+        without_reasoning, without_words = set(), set()
+        for turn, (start, stop) in spans.items():
+            own, (thought, words) = text[start:stop], thought_and_words(messages[turn])
+            if thought not in own:
+                without_reasoning.add(turn)
+            if words.strip() not in own and "".join(words.split()) not in "".join(own.split()):
+                without_words.add(turn)
+            if not has_all_calls(messages[turn], own):
+                raise _left_out("tool calls", turn)
+        return Rendered(text, spans, frozenset(without_reasoning), frozenset(without_words))
 
 
-def _unstable(prefix: str, text: str, index: int, place: Place) -> str:
+def _is_plain(message: Message) -> bool:
+    return isinstance(message.content, str) and not (message.reasoning or message.tool_calls or message.role == "tool")
+
+
+def _left_out(what: str, turn: int) -> Refused:
+    return Refused(
+        f"the model's chat template leaves {what} out",
+        "set model.chat_template to a template that renders it, or remove it from the record",
+        turn,
+    )
+
+
+def _unstable(prefix: str, text: str, turn: int) -> tuple[str, str, int]:
     same = next((i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), min(len(prefix), len(text)))
     start = max(0, same - 20)
     return (
-        f"{place}: message {index + 1}: the model's chat template renders the beginning of a conversation otherwise than "
-        f"the same turns inside it, so the loss cannot be placed: {prefix[start : same + 20]!r} became "
-        f"{text[start : same + 20]!r}; use single-turn records, or a template with {{% generation %}} marks"
+        "the model's chat template renders the beginning of a conversation otherwise than the same turns inside it, so "
+        f"the loss cannot be placed: {prefix[start : same + 20]!r} became {text[start : same + 20]!r}",
+        "use single-turn records, or a template with {% generation %} marks",
+        turn,
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tunesmith.data.samples import read_examples
+from tunesmith.data.examples import examples_at
+from tunesmith.data.template import as_dicts
 from tunesmith.errors import UserError
 from tunesmith.inference.generate import Generator, load_generator
 from tunesmith.run_folder import write_text
@@ -18,7 +19,7 @@ def generate_file(path: str, prompts: str, output: Path, max_new_tokens: int, ba
     """Write `{"prompt", "answer", "expected"}` for each record of a data file; `expected` is the answer it holds, or null."""
     if output.exists():
         raise UserError(f"{output}: exists already; choose another file")
-    examples = list(read_examples(prompts, "auto", "eval"))
+    examples = list(examples_at(prompts, "the prompts", "eval"))
     generator = load_generator(path)
     asked = [question(generator, example) for example in examples]
     answers = generator.answers([prompt for prompt, _ in asked], max_new_tokens, batch_size)
@@ -35,8 +36,8 @@ def question(generator: Generator, example: Example) -> tuple[str, str | None]:
     """(rendered prompt, expected answer or None): a record without its last answer."""
     if example.messages:
         turns = list(example.messages)
-        expected = turns.pop().content if turns[-1].role == "assistant" else None
-        return generator.prompt([{"role": turn.role, "content": turn.content} for turn in turns]), expected
+        expected = str(turns.pop().content) if turns[-1].role == "assistant" else None
+        return generator.prompt(as_dicts(turns), list(example.tools) or None), expected
     given = "".join(piece.text for piece in example.pieces if not piece.learn)
     learnt = "".join(piece.text for piece in example.pieces if piece.learn)
     return (generator.plain_prompt(given), learnt) if given else (generator.plain_prompt(learnt), None)

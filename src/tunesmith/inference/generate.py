@@ -17,7 +17,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.load import load_model, load_tokenizer
 from tunesmith.run_folder import RunFolder
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Generator:
     model: Any
     tokenizer: Any
 
-    def prompt(self, messages: Messages) -> str:
+    def prompt(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> str:
         """The conversation as the model saw it in training, up to where its answer begins."""
         if not self.tokenizer.chat_template:
             return self.plain_prompt("\n".join(message["content"] for message in messages))
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
 
     def plain_prompt(self, text: str) -> str:
         """Text as the model saw it in training without a template: behind the token that its tokenizer begins with."""

@@ -12,6 +12,7 @@ from torch import nn
 from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, Method
 from tunesmith.models.families import family_of
+from tunesmith.models.load import decoder_name
 
 
 class Lora(Method):
@@ -38,7 +39,7 @@ class Lora(Method):
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=config.targets if config.targets == "all-linear" else list(config.targets),
-            exclude_modules=list(family_of(model.config.model_type).lora_excluded) or None,
+            exclude_modules=[*family_of(model.config.model_type).lora_excluded, *_of_towers(model, config.targets)] or None,
             modules_to_save=list(config.modules_to_save) or None,
             use_rslora=config.rslora,
             use_dora=config.dora,
@@ -78,6 +79,22 @@ class Lora(Method):
     def _copy_in(self, values: dict[str, torch.Tensor]) -> None:
         for name, p in self.params.items():
             p.copy_(values[name])
+
+
+def _of_towers(model: Any, targets: str | tuple[str, ...]) -> list[str]:
+    """Linear layers outside the language model that the targets would take too: those of towers and of what joins them.
+
+    Towers see best as they were trained, on far more images than a fine-tuning has; so `all-linear` means the language
+    model. A name that only a tower has, such as `fc1` or `visual.blocks.0.attn.qkv`, means the tower.
+    """
+    inside = decoder_name(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    own = [f".{name}" for name in linear if name.startswith(inside)]
+    towers = [name for name in linear if not name.startswith(inside)]
+    if targets == "all-linear":
+        return towers
+    shared = tuple(f".{target}" for target in targets if any(name.endswith(f".{target}") for name in own))
+    return [name for name in towers if f".{name}".endswith(shared)] if shared else []
 
 
 def _some(names: set[str]) -> str:

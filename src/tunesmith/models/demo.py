@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.cache import cache_folder
 from tunesmith.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,16 +36,6 @@ LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def cache_folder() -> Path:
-    """Return the folder for files that can be made anew: $TUNESMITH_CACHE, else $XDG_CACHE_HOME/tunesmith, else
-    ~/.cache/tunesmith. It need not exist yet."""
-    chosen = os.environ.get("TUNESMITH_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tunesmith"
 
 
 def demo_model_folder() -> Path:

@@ -10,12 +10,18 @@ from tunesmith.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def chatml_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """ChatML for a base model: turns end with <|im_end|> where that is a token, else with the tokenizer's end of text."""
+    known = "<|im_end|>" in tokenizer.get_vocab() or tokenizer.eos_token is None
+    return CHATML if known else CHATML.replace("<|im_end|>", "{{ eos_token }}")
 
 
 def model_source(config: ModelConfig) -> str:
@@ -60,16 +66,37 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(config: ModelConfig) -> PreTrainedConfig:
+    """The architecture's own settings."""
+    from transformers import AutoConfig
+
+    source = model_source(config)
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # the hub and each architecture raise types of their own
+        raise UserError(_loading_failed("model", config, error)) from error
+
+
+def is_multimodal(architecture: PreTrainedConfig) -> bool:
+    """Whether the model reads images, audio or video beside text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    return type(architecture) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model with all its weights in `dtype`, on the CPU, in evaluation mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The language model, with its vision and audio towers if it has any, its weights in `dtype`, on the CPU, to evaluate."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     source = model_source(config)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    architecture = load_config(config)
+    kind = AutoModelForMultimodalLM if is_multimodal(architecture) else AutoModelForCausalLM
     try:
-        architecture = AutoConfig.from_pretrained(source, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             source, config=architecture, dtype=dtype, output_loading_info=True, **attention, **options
         )
     except Exception as error:  # safetensors, transformers and the hub each raise types of their own
@@ -92,13 +119,27 @@ def _loading_failed(what: str, config: ModelConfig, error: Exception) -> str:
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    """The repeated transformer blocks, by name: the outermost list of modules that has as many as the config has layers."""
+    """The repeated transformer blocks of the language model (not of a vision or audio tower), by name.
+
+    They are the outermost list of modules that has as many as the config has layers.
+    """
     from torch import nn
 
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    count, inside = model.config.get_text_config().num_hidden_layers, decoder_name(model)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and name.startswith(inside)
+    ]
     decoder_lists = [(name, module) for name, module in lists if len(module) == count]
     if not decoder_lists:
         raise UserError(f"{type(model).__name__}: no list of {count} blocks found in the model")
     name, found = min(decoder_lists, key=lambda pair: pair[0].count("."))
     return [(f"{name}.{index}", block) for index, block in enumerate(found)]
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """Name of the module that is the language model, with a dot behind it; empty if that is the whole model."""
+    decoder = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    return f"{name}." if name else ""

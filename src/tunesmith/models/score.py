@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.models.media import hidden_before_head, media_inputs
 from tunesmith.types import Batch, Scores
 
 CHUNK_ELEMENTS = 2**23
@@ -53,7 +54,15 @@ def score(model: nn.Module, head: Head, batch: Batch) -> Scores:
         inputs["position_ids"] = batch.positions_BT
     target_BT = batch.weights_BT[:, 1:] != 0
     token_N = batch.tokens_BT[:, 1:][target_BT]
-    if head.linear is None:
+    if any(batch.media_N):
+        inputs |= media_inputs(batch, model.dtype)  # type: ignore[arg-type]
+        if head.linear is None:
+            logits = model(**inputs).logits[:, :-1][target_BT]
+            logprob_N = _at_least_fp32(logits).log_softmax(-1).gather(-1, token_N[:, None])[:, 0]
+        else:
+            hidden_ND = hidden_before_head(model, head.linear, inputs)[:, :-1][target_BT]
+            logprob_N = token_logprobs(hidden_ND, token_N, head, batch.weights_BT[:, 1:][target_BT])
+    elif head.linear is None:
         logprob_N = _from_model_logits(model, inputs, target_BT, token_N)
     else:
         decoder: Any = model.get_decoder()  # type: ignore[operator]

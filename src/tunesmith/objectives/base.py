@@ -21,6 +21,8 @@ class Objective:
     """Parts of Scores beyond the log-probabilities."""
     learns_all: ClassVar[bool] = False
     """Whether every token is a target, or only answers."""
+    pairs: ClassVar[bool] = False
+    """Whether a sample is a preference pair: two sequences that never part, the chosen one first."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

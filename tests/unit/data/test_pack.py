@@ -1,29 +1,23 @@
 from dataclasses import fields
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.samples import make_samples
 from tunesmith.data.pack import collate, pack_rows
 from tunesmith.data.samples import Samples
-from tunesmith.types import Batch, Place
+from tunesmith.types import Batch
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 
 
-def make_samples(lengths: list[int]) -> Samples:
+def of_lengths(lengths: list[int]) -> Samples:
     """Sample i holds the tokens 100 i + 1, 100 i + 2 …, with weights that differ, the first 0."""
-    tokens = [np.arange(length) + 100 * i + 1 for i, length in enumerate(lengths)]
-    weights = [np.arange(length) / (i + 2) for i, length in enumerate(lengths)]
-    return Samples(
-        np.concatenate(tokens).astype(np.int32),
-        np.concatenate(weights).astype(np.float32),
-        np.cumsum([0, *lengths]),
-        [Place("a", i) for i in range(len(lengths))],
-    )
+    tokens = [[100 * i + 1 + n for n in range(length)] for i, length in enumerate(lengths)]
+    return make_samples(tokens, [[n / (i + 2) for n in range(length)] for i, length in enumerate(lengths)])
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
@@ -82,7 +76,7 @@ def test_sequences_that_fill_a_row_stand_alone() -> None:
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Samples, list[int], Batch]:
     capacity = draw(st.integers(2, 24))
-    samples = make_samples(draw(st.lists(st.integers(1, capacity), min_size=1, max_size=12)))
+    samples = of_lengths(draw(st.lists(st.integers(1, capacity), min_size=1, max_size=12)))
     chosen = draw(st.lists(st.integers(0, len(samples) - 1), min_size=1, max_size=16))
     return samples, chosen, collate(samples, chosen, capacity, draw(st.booleans()))
 
@@ -115,11 +109,11 @@ def test_a_batch_holds_its_samples_unchanged(case: tuple[Samples, list[int], Bat
     assert sorted(batch.sample_N.tolist()) == sorted(chosen)
     assert batch.group_N.tolist() == list(range(len(chosen)))
     for (_, tokens, weights, positions), sample in zip(found, batch.sample_N.tolist(), strict=True):
-        part = slice(samples.offsets[sample], samples.offsets[sample + 1])
-        assert tokens == samples.tokens[part].tolist()
-        assert weights == samples.weights[part].tolist()
+        [(expected, expected_weights)] = samples.sequences(sample)
+        assert tokens == expected.tolist()
+        assert weights == expected_weights.tolist()
         assert positions == list(range(len(tokens)))
-    assert int(batch.num_tokens()) == sum(int(samples.lengths()[i]) for i in chosen)
+    assert int(batch.num_tokens()) == sum(int(samples.lengths()[i, 0]) for i in chosen)
 
 
 @PROPERTY
@@ -138,14 +132,14 @@ def test_padding_stands_at_the_end_and_says_so(case: tuple[Samples, list[int], B
 
 
 def test_the_types_of_a_batch() -> None:
-    batch = collate(make_samples([3, 2]), [0, 1], 8, pack=True)
+    batch = collate(of_lengths([3, 2]), [0, 1], 8, pack=True)
     dtypes = {field.name: getattr(batch, field.name).dtype for field in fields(batch)}
     assert dtypes.pop("weights_BT") == torch.float32
     assert set(dtypes.values()) == {torch.int64}
 
 
 def test_a_packed_and_a_padded_batch() -> None:
-    samples = make_samples([2, 4, 1])
+    samples = of_lengths([2, 4, 1])
     packed = collate(samples, [0, 1, 2], 5, pack=True)
     assert packed.tokens_BT.tolist() == [[101, 102, 103, 104], [1, 2, 201, 0]]
     assert packed.positions_BT.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
@@ -158,7 +152,7 @@ def test_a_packed_and_a_padded_batch() -> None:
 
 
 def test_rows_are_cut_to_the_longest_of_them() -> None:
-    batch = collate(make_samples([2, 4, 1, 3]), [0, 1, 2, 3], 4, pack=False)
+    batch = collate(of_lengths([2, 4, 1, 3]), [0, 1, 2, 3], 4, pack=False)
     part = batch.rows(1, 3)
     assert part.tokens_BT.tolist() == [[301, 302, 303], [1, 2, 0]]
     assert part.positions_BT.tolist() == [[0, 1, 2], [0, 1, 0]]

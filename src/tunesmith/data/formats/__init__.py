@@ -1,35 +1,81 @@
-"""The table of data formats. To add one: a file here, a line in the table, its name in `DataConfig.format`."""
+"""The table of data formats. To add one: a file here, a line in the table, its name in `FormatName`."""
 
 from __future__ import annotations
 
+import difflib
+
+from tunesmith.config import SetConfig
 from tunesmith.data.formats.alpaca import Alpaca
-from tunesmith.data.formats.base import Format, Record
+from tunesmith.data.formats.base import Format, Record, first_key
+from tunesmith.data.formats.classification import Classification
 from tunesmith.data.formats.messages import Messages
+from tunesmith.data.formats.preference import Preference
+from tunesmith.data.formats.prompt_answer import QUESTIONS, REPLIES, PromptAnswer
 from tunesmith.data.formats.prompt_completion import PromptCompletion
 from tunesmith.data.formats.sharegpt import Sharegpt
 from tunesmith.data.formats.text import Text
-from tunesmith.errors import UserError
+from tunesmith.data.formats.unpaired import Unpaired
+from tunesmith.errors import DataError
 from tunesmith.types import Place
 
-FORMATS: dict[str, Format] = {
-    "messages": Messages(),
-    "sharegpt": Sharegpt(),
-    "alpaca": Alpaca(),
-    "prompt_completion": PromptCompletion(),
-    "text": Text(),
+FORMATS: dict[str, type[Format]] = {
+    # The first that matches wins. Those that add keys to another form come before it.
+    "preference": Preference,
+    "unpaired": Unpaired,
+    "messages": Messages,
+    "sharegpt": Sharegpt,
+    "alpaca": Alpaca,
+    "prompt_completion": PromptCompletion,
+    "classification": Classification,
+    "prompt_answer": PromptAnswer,
+    "text": Text,
 }
+KEYS = (
+    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "chosen", "rejected", "label",
+    "question", "answer", "text", "choices",
+)  # fmt: skip
+"""Keys that a misspelt one may have been meant to be."""
+ASKED = (*QUESTIONS, "query", "input", "q")
+"""Keys that a question may have, for the example of a remedy."""
+LONGEST_NAME = 40
+"""A longer column name is no name."""
 
 
-def find_format(name: str, record: Record, place: Place) -> Format:
-    """The named format, or for `auto` the first that recognises the record. Raises UserError when none does."""
+def find_format(config: SetConfig, record: Record, place: Place) -> Format:
+    """The format that `config` names, or for auto the first that matches. Raises DataError when it does not fit."""
+    name: str = config.format
+    if name == "auto" and (config.labels or config.prompt):
+        name = "classification"  # alone has these settings
     candidates = list(FORMATS.values()) if name == "auto" else [FORMATS[name]]
     for candidate in candidates:
-        if candidate.matches(record):
-            return candidate
+        if candidate.matches(record) if name == "auto" else candidate.fits(record):
+            return candidate(config)
+    what = "a record of no known form" if name == "auto" else f"a record that is not of the form {name}"
     wanted = "; or ".join(candidate.keys for candidate in candidates)
-    raise UserError(
-        f"{place}: a record of no known form: it has the keys {', '.join(record) or '(none)'}; expected {wanted}"
-    )
+    raise DataError(place, (), f"{what}, with the keys {_names(record)}", f"expected {wanted}; {_rename(record)}")
 
 
-__all__ = ["FORMATS", "Format", "find_format"]
+def check_format(form: Format, record: Record, place: Place) -> None:
+    """Raises DataError where a later record is not of the form of those before it."""
+    if not form.fits(record):
+        what = f"not of the form of the records before it, with the keys {_names(record)}"
+        raise DataError(place, (), what, f"expected {form.keys}; put records of another form into a file of their own")
+
+
+def _names(record: Record) -> str:
+    return ", ".join(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…" for name in record) or "(none)"
+
+
+def _rename(record: Record) -> str:
+    """How to say which column is which, with a misspelt key as the example."""
+    if any(len(column) > LONGEST_NAME for column in record):
+        return "the first line of the file seems to be data: add a line that names the columns"
+    for column in record:
+        close = difflib.get_close_matches(column, KEYS, n=1, cutoff=0.75)
+        if close and close[0] not in record:
+            return f"did you mean {close[0]}? then set data.columns to {{{close[0]}: {column}}}"
+    asked, told = first_key(record, ASKED) or "question", first_key(record, REPLIES) or "reply"
+    return f"say which column is which in data.columns, such as {{instruction: {asked}, output: {told}}}"
+
+
+__all__ = ["FORMATS", "Format", "check_format", "find_format"]

@@ -1,12 +1,16 @@
-"""What a data format does: recognise a record and read it into an Example."""
+"""What a data format does: recognise a record and read it into an Example. And what all formats need for that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from tunesmith.errors import UserError
-from tunesmith.types import Example, Message, Place
+from tunesmith.config import SetConfig
+from tunesmith.errors import DataError
+from tunesmith.errors import Path as ValuePath
+from tunesmith.types import Example, Piece, Place
 
 Record = Mapping[str, Any]
 
@@ -20,7 +24,19 @@ ROLES = {
     "model": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
 }
+CALL_ROLE = "function_call"
+"""ShareGPT's role for a turn of the assistant that is nothing but tool calls."""
+CONVERSATIONS = ("messages", "conversations")
+"""Keys of a list of turns."""
+OUTPUTS = ("output", "response")
+"""Keys of alpaca's answer."""
+
+FINAL_ANSWER = "#### "
 
 
 class Format:
@@ -29,42 +45,85 @@ class Format:
     keys: ClassVar[str]
     """The keys that make the form, for messages."""
 
-    def matches(self, record: Record) -> bool:
+    def __init__(self, config: SetConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
         """Whether a record has this form."""
         raise NotImplementedError
 
+    @classmethod
+    def fits(cls, record: Record) -> bool:
+        """Whether a record has the keys that this form needs, once the form is known. What their values are, `read` says."""
+        return cls.matches(record)
+
     def read(self, record: Record, place: Place) -> Example:
-        """The record as an Example. Raises UserError that names the place and what to mend."""
+        """The record as an Example. Raises DataError that says where in the record, what is wrong and how to mend it."""
         raise NotImplementedError
 
 
-def text_of(value: Any, place: Place, what: str) -> str:
+def text_of(value: Any, place: Place, path: ValuePath) -> str:
     """`value` if it is text; None counts as empty. Anything else is an error, never silently dropped."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{place}: {what}: expected text, found {type(value).__name__}; write it as a string")
+        raise DataError(place, path, f"expected text, found {type(value).__name__}", "write it as a string")
+    if not value.isascii():
+        check_characters(value, place, path)
     return value
 
 
-def conversation(messages: list[Message], place: Place) -> Example:
-    """An Example from messages, whose roles must take turns: [system] user assistant user assistant …"""
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    expected = "user"
-    for index, message in enumerate(turns, start=len(messages) - len(turns)):
-        if message.role != expected:
-            raise UserError(
-                f"{place}: message {index + 1}: roles out of order: expected {expected}, found {message.role}; "
-                "turns go [system] user assistant user assistant …"
-            )
-        expected = "assistant" if expected == "user" else "user"
-    if not turns:
-        raise UserError(f"{place}: a conversation without turns; give at least one user and one assistant message")
-    return Example(place, messages=tuple(messages))
+def check_characters(text: str, place: Place, path: ValuePath) -> None:
+    """Raises DataError for half of a surrogate pair: JSON can spell it, but it is no character and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        what = f"character {error.start + 1} is half of a surrogate pair ({half})"
+        raise DataError(place, path, what, "write the whole pair, or remove it") from error
 
 
-def role_of(name: Any, place: Place, index: int) -> str:
-    """Our role for a role name of any of the common dialects."""
-    if not isinstance(name, str) or name not in ROLES:
-        raise UserError(f"{place}: message {index}: unknown role {name!r}; known: {', '.join(ROLES)}")
-    return ROLES[name]
+def word_of(value: Any, place: Place, path: ValuePath) -> str:
+    """Text or a number, as text: what a label or an answer may be."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return text_of(value, place, path)
+
+
+def final_answer(text: str) -> str:
+    """What stands after GSM8K's mark, or else all of it."""
+    return text.rpartition(FINAL_ANSWER)[2].strip() if FINAL_ANSWER in text else text
+
+
+def json_of(text: str, place: Place, path: ValuePath) -> Any:
+    """What a string of JSON says."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        what = f"not JSON: {getattr(error, 'msg', 'nested too deeply')}{where}"
+        raise DataError(place, path, what, "write valid JSON in the string") from error
+
+
+def show(value: Any) -> str:
+    """A value for a message, cut to a line."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def hint(word: Any, known: Iterable[str]) -> str:
+    """The nearest known word, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6) if isinstance(word, str) else []
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def first_key(record: Record, keys: Iterable[str]) -> str | None:
+    """The first of the keys that the record has."""
+    return next((key for key in keys if key in record), None)
+
+
+def prompt_and_completion(prompt: str, completion: str, place: Place) -> Example:
+    """Plain text of which the completion is learnt."""
+    return Example(place, pieces=(Piece(prompt, learn=False), Piece(completion, learn=True)))

@@ -1,26 +1,32 @@
-"""OpenAI form: {"messages": [{"role": "user", "content": "…"}, …]}."""
+"""OpenAI form: {"messages": [{"role": "user", "content": "…"}, …]}, with `system`, `tools` and lists of files beside it.
+
+Content may come in parts, LLaMA-Factory's v1 form among them; turns may use ShareGPT's words, from and
+value. An `answer` beside them is what a verifier compares.
+"""
 
 from __future__ import annotations
 
-from tunesmith.data.formats.base import Format, Record, conversation, role_of, text_of
-from tunesmith.errors import UserError
-from tunesmith.types import Example, Message, Place
+from tunesmith.data.formats.base import Format, Record, final_answer
+from tunesmith.data.formats.turns import conversation, with_system
+from tunesmith.types import Example, Place
 
 
 class Messages(Format):
     keys = "messages: [{role, content}, …]"
 
-    def matches(self, record: Record) -> bool:
+    @classmethod
+    def matches(cls, record: Record) -> bool:
         return isinstance(record.get("messages"), list)
 
+    @classmethod
+    def fits(cls, record: Record) -> bool:
+        return "messages" in record
+
     def read(self, record: Record, place: Place) -> Example:
-        system = text_of(record.get("system"), place, "system")
-        messages = [Message("system", system)] if system else []
-        for index, turn in enumerate(record["messages"], start=1):
-            if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-                raise UserError(f"{place}: message {index}: expected role and content, found {turn!r:.80}")
-            if turn.get("tool_calls"):
-                raise UserError(f"{place}: message {index}: tool calls cannot be read yet; remove the record")
-            content = text_of(turn["content"], place, f"message {index}: content")
-            messages.append(Message(role_of(turn["role"], place, index), content))
-        return conversation(messages, place)
+        messages = with_system(record["messages"], record, place, ("messages",))
+        answer = record.get("answer")
+        if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+            answer = None  # some other column of that name
+        return conversation(
+            messages, record, place, ("messages",), answer=None if answer is None else final_answer(str(answer))
+        )

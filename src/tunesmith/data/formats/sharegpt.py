@@ -1,24 +1,26 @@
-"""ShareGPT form: {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…"}."""
+"""ShareGPT form: {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…"}.
+
+A turn of the role function_call holds the JSON of one call or of a list; observation holds what the tool said.
+"""
 
 from __future__ import annotations
 
-from tunesmith.data.formats.base import Format, Record, conversation, role_of, text_of
-from tunesmith.errors import UserError
-from tunesmith.types import Example, Message, Place
+from tunesmith.data.formats.base import Format, Record
+from tunesmith.data.formats.turns import conversation, with_system
+from tunesmith.types import Example, Place
 
 
 class Sharegpt(Format):
     keys = "conversations: [{from, value}, …]"
 
-    def matches(self, record: Record) -> bool:
+    @classmethod
+    def matches(cls, record: Record) -> bool:
         return isinstance(record.get("conversations"), list)
 
+    @classmethod
+    def fits(cls, record: Record) -> bool:
+        return "conversations" in record
+
     def read(self, record: Record, place: Place) -> Example:
-        system = text_of(record.get("system"), place, "system")
-        messages = [Message("system", system)] if system else []
-        for index, turn in enumerate(record["conversations"], start=1):
-            if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-                raise UserError(f"{place}: message {index}: expected from and value, found {turn!r:.80}")
-            content = text_of(turn["value"], place, f"message {index}: value")
-            messages.append(Message(role_of(turn["from"], place, index), content))
-        return conversation(messages, place)
+        messages = with_system(record["conversations"], record, place, ("conversations",))
+        return conversation(messages, record, place, ("conversations",))

@@ -1,0 +1,192 @@
+"""Training on a stream: records are tokenized in windows while training, for data larger than the disk, or to start at once.
+
+The order is as fixed as that of a Dataset: windows follow each other as the records do, and inside a window the samples
+are shuffled by a permutation that depends on the seed and the window alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from tunesmith.cache import cache_folder
+from tunesmith.config import DataConfig, RunConfig
+from tunesmith.data.encode import Encoder
+from tunesmith.data.examples import read_examples
+from tunesmith.data.order import permute
+from tunesmith.data.pack import collate
+from tunesmith.data.prepare import eval_sources, first_by_content, held_out_side, load_sources, make_samples, reporter
+from tunesmith.data.render import Renderer
+from tunesmith.data.samples import Counts, Part, PartWriter, Samples, whole
+from tunesmith.data.sources import Source, find_sources
+from tunesmith.errors import UserError
+from tunesmith.types import Batch, Example, Place
+
+KEPT_WINDOWS = 3
+
+
+@dataclass
+class Windows:
+    """The stream's samples, window by window."""
+
+    config: DataConfig
+    renderer: Renderer
+    sources: list[Source]
+    _kept: dict[int, Samples] = field(default_factory=dict)
+    _reader: Iterator[Example] | None = None
+    _next: int = 0
+    """The window that the reader stands before."""
+    _ahead: tuple[int, Future[Samples]] | None = None
+    _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenize"))
+
+    def __call__(self, window: int) -> Samples:
+        """All samples of a window, held-out ones included. The next one is made in the background."""
+        if window not in self._kept and self._ahead is not None:
+            number, made = self._ahead
+            self._kept[number], self._ahead = made.result(), None
+        if window not in self._kept:
+            self._kept[window] = self._make(window)
+        for old in sorted(self._kept, key=lambda kept: kept == window)[:-KEPT_WINDOWS]:
+            del self._kept[old]
+        if self._ahead is None and window + 1 not in self._kept:
+            self._ahead = window + 1, self._worker.submit(self._make, window + 1)
+        return self._kept[window]
+
+    def _make(self, window: int) -> Samples:
+        if self._reader is None or window < self._next:
+            self._reader, self._next = self._examples(), 0
+        size = self.config.shuffle_window
+        skipped = (window - self._next) * size
+        examples = list(islice(self._reader, skipped, skipped + size))
+        self._next = window + 1
+        counts = Counts()
+        encoder = Encoder(self.renderer.tokenizer, fast=False)
+        folder = Path(tempfile.mkdtemp(prefix="tunesmith-window-"))
+        try:
+            self.renderer.reset()
+            writer = PartWriter(folder, f"window {window}", 2 if self.renderer.pairs else 1)
+            report = reporter(self.config, counts)
+            for chunk in make_samples(iter(examples), self.config, self.renderer, encoder, counts, report):
+                writer.add(*chunk)
+            if not writer.num_samples:
+                raise UserError(f"{self.config.shown()}: records {window * size + 1} and on: nothing to learn from")
+            counts.notes, counts.conversations = dict(self.renderer.notes), self.renderer.conversations
+            writer.close(counts)
+            return whole([Part.open(folder)], [self.sources[0].config], self.renderer.processor)
+        finally:
+            shutil.rmtree(folder)  # what is mapped stays readable
+
+    def _examples(self) -> Iterator[Example]:
+        """Records without end: one set after the other, or interleaved by weight; what ends begins again."""
+        report = reporter(self.config, Counts())
+        while self.config.mix == "concat":
+            found = False
+            for source in self.sources:
+                for example in read_examples(source, self.config.as_chat, report):
+                    found = True
+                    yield example
+            if not found:
+                raise UserError(f"{self.config.shown()}: no record that can be used")
+        weights = np.array([source.config.weight for source in self.sources])
+        readers = [read_examples(source, self.config.as_chat, report) for source in self.sources]
+        owed = np.zeros(len(self.sources))
+        while True:
+            owed += weights / weights.sum()
+            chosen = int(owed.argmax())
+            owed[chosen] -= 1
+            example = next(readers[chosen], None)
+            if example is None:
+                readers[chosen] = read_examples(self.sources[chosen], self.config.as_chat, report)
+                example = next(readers[chosen], None)
+            if example is None:
+                raise UserError(f"{self.sources[chosen].name}: no record that can be used")
+            yield example
+
+
+@dataclass
+class StreamDataset:
+    """`data(step)` over a stream. Going on at a late step reads past what comes before, but tokenizes only from there."""
+
+    windows: Windows
+    config: DataConfig
+    batch_size: int
+    pack: bool
+    seed: int
+    index: Path
+    """File that remembers how many samples each window gave, so that they need not be made to be counted."""
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of `step`, counted from 0."""
+        samples, indices = self._at(step)
+        return collate(samples, indices, self.config.max_tokens, self.pack)
+
+    def places(self, step: int) -> list[Place]:
+        """Where the samples of a step come from."""
+        samples, indices = self._at(step)
+        return [samples.place(index) for index in indices]
+
+    def _at(self, step: int) -> tuple[Samples, list[int]]:
+        """The windows that a step reaches into, as one set, and its samples there."""
+        at = [self._find(position) for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        reached = {window: self._training(window) for window, _ in at}
+        joined = Samples(
+            tuple(part for samples in reached.values() for part in samples.parts),
+            tuple(chosen for samples in reached.values() for chosen in samples.chosen),
+            tuple(config for samples in reached.values() for config in samples.sets),
+            self.windows.renderer.processor,
+        )
+        starts = dict(zip(reached, np.cumsum([0, *map(len, reached.values())]).tolist(), strict=False))
+        return joined, [starts[window] + sample for window, sample in at]
+
+    def _find(self, position: int) -> tuple[int, int]:
+        """(window, sample in it) of a position in the stream."""
+        sizes = self._sizes()
+        window = 0
+        while True:
+            if window == len(sizes):
+                sizes.append(len(self._training(window)))
+                self.index.parent.mkdir(parents=True, exist_ok=True)
+                self.index.write_text(json.dumps(sizes))
+            if position < sizes[window]:
+                return window, int(permute([position], sizes[window], self.seed, window)[0])
+            position -= sizes[window]
+            window += 1
+
+    def _sizes(self) -> list[int]:
+        return json.loads(self.index.read_text()) if self.index.is_file() else []
+
+    def _training(self, window: int) -> Samples:
+        samples = self.windows(window)
+        if not eval_sources(self.config):
+            samples = samples.select([~flags for flags in held_out_side(samples, self.config)])
+        sizes = self._sizes()
+        if window < len(sizes) and sizes[window] != len(samples):
+            raise UserError(f"{self.config.shown()}: the data has changed while it was streamed; remove {self.index}")
+        return samples
+
+
+def open_stream(run: RunConfig, renderer: Renderer) -> tuple[StreamDataset, Samples, Samples]:
+    """The data set, the samples of its first window, and held-out samples: of data.eval_path, or from the first window."""
+    config = run.data
+    sources = [source for part in config.all_sets() for source in find_sources(part)]
+    windows = Windows(config, renderer, sources)
+    first = windows(0)
+    given = eval_sources(config)
+    held_out = load_sources(given, config, renderer) if given else first.select(held_out_side(first, config))
+    facts = json.dumps([first.fingerprint(), config.model_dump(mode="json")])
+    key = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+    index = cache_folder() / "streams" / f"{key}.json"
+    return (
+        StreamDataset(windows, config, run.train.batch_size, pack=False, seed=run.seed, index=index),
+        first,
+        first_by_content(held_out, config.max_eval_samples),
+    )

@@ -1,0 +1,153 @@
+"""`tunesmith data check`: read all data as a run would, count it, and name every record that cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+
+from tunesmith.config import DataConfig, RunConfig
+from tunesmith.data.encode import FastDisagrees
+from tunesmith.data.examples import read_examples
+from tunesmith.data.prepare import Watch, eval_sources, make_samples, unwatched
+from tunesmith.data.sources import Source, find_sources
+from tunesmith.display import reading
+from tunesmith.errors import UserError
+from tunesmith.inspect.bad_records import Errors, write_quarantine
+from tunesmith.inspect.histogram import histogram, write_png
+from tunesmith.inspect.overlap import Pair, near_duplicates, same_prompts
+from tunesmith.inspect.tally import MeasuringEncoder, Tally
+from tunesmith.inspect.words import NUM_HASHES
+from tunesmith.run import build_renderer
+from tunesmith.types import Place
+
+if TYPE_CHECKING:
+    from tunesmith.data.render import Renderer
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that `check` knows at its end."""
+
+    config: RunConfig
+    tallies: list[Tally]
+    errors: Errors
+    held_out: int
+    """Records that are held out."""
+    prompts: list[Pair]
+    """Held-out records whose prompt is also trained on."""
+    near: list[Pair]
+    """Held-out records that are much like one that is trained on."""
+    places: tuple[list[Place], list[Place]]
+    """Of (held-out, training) record of each of `prompts` and then of `near`."""
+
+
+def check(config: RunConfig, limit: int = 50, quarantine: Path | None = None, png: Path | None = None) -> Findings:
+    """Read everything, print what is found, and write the files asked for. Raises UserError if it cannot even begin."""
+    from tunesmith.inspect.table import show_findings
+
+    if quarantine is not None and quarantine.exists():
+        raise UserError(f"{quarantine}: exists already; choose another file for the bad records")
+    with reading(Console(stderr=True)) as watch:
+        findings, sources = examine(config, Errors(limit, keep_reasons=quarantine is not None), watch)
+    kept_aside = write_quarantine(quarantine, sources, findings.errors.bad) if quarantine is not None else 0
+    lengths = np.concatenate([np.frombuffer(tally.lengths, np.int32) for tally in findings.tallies])
+    if png is not None and len(lengths):
+        write_png(histogram(lengths, config.data.max_tokens), [tally.name for tally in findings.tallies], png)
+    console = Console(width=None if Console().is_terminal else 120)
+    show_findings(console, findings, quarantine if kept_aside else None, png if len(lengths) else None)
+    return findings
+
+
+def examine(config: RunConfig, errors: Errors, watch: Watch = unwatched) -> tuple[Findings, list[Source]]:
+    """Read all data sets as a run with this configuration would, but for the weights."""
+    training = [source for part in config.data.all_sets() for source in find_sources(part)]
+    held_out = eval_sources(config.data)
+    config, renderer = build_renderer(config)
+    compare = bool(held_out) or config.data.eval_fraction > 0
+    tallies = []
+    for n, source in enumerate([*training, *held_out]):
+        for fast in (True, False):
+            before = errors.number, dict(errors.bad), list(errors.shown)
+            tally = Tally(source.name, held_out=n >= len(training), compare=compare)
+            try:
+                _read(source, config.data, renderer, tally, errors, fast, watch)
+            except FastDisagrees:
+                errors.number, errors.bad, errors.shown = before
+                continue
+            break
+        errors.sort(before[0])
+        if not tally.samples and errors.number == before[0]:
+            errors.add(_nothing_left(tally), tally)
+        tallies.append(tally)
+    return _compare(config, tallies, errors), [*training, *held_out]
+
+
+def _read(
+    source: Source, config: DataConfig, renderer: Renderer, tally: Tally, errors: Errors, fast: bool, watch: Watch
+) -> None:
+    """Read one data set. What is wrong goes to `errors`, all else to `tally`."""
+
+    def unread(error: UserError, raw: str | None = None) -> None:
+        tally.unread += errors.add(error, tally)
+
+    def unusable(error: UserError, raw: str | None = None) -> None:
+        errors.add(error, tally)
+
+    renderer.reset()
+    encoder = MeasuringEncoder(renderer.tokenizer, fast, tally.lengths)
+    examples = tally.watch(read_examples(source, config.as_chat, unread))
+    try:
+        for encoded, places, _ in make_samples(examples, config, renderer, encoder, tally.counts, unusable):
+            tally.add_samples(encoded, len(places))
+            watch(source.name, tally.rows)
+    except UserError as error:  # the file itself is broken: nothing more comes of it, but the others are still read
+        unread(error)
+    tally.counts.notes = dict(renderer.notes)
+
+
+def _nothing_left(tally: Tally) -> UserError:
+    dropped = tally.counts.dropped
+    why = f", {dropped} of them too long: raise data.max_tokens" if dropped else ": give other data"
+    return UserError(f"{tally.name}: nothing to learn from in {tally.rows} records{why}")
+
+
+def _compare(config: RunConfig, tallies: list[Tally], errors: Errors) -> Findings:
+    """Find what held-out and training data share."""
+    sides: list[list[tuple[Tally, np.ndarray]]] = [[], []]
+    limit = np.uint64(min(int(config.data.eval_fraction * 2**64), 2**64 - 1))
+    apart = any(tally.held_out for tally in tallies)
+    for tally in tallies:
+        content = np.frombuffer(tally.content, np.uint64)
+        mine = np.full(len(content), tally.held_out) if apart else content < limit
+        sides[0].append((tally, np.flatnonzero(mine)))
+        sides[1].append((tally, np.flatnonzero(~mine)))
+    held_out, train = sides
+    prompts = same_prompts(_prompts(held_out), _prompts(train))
+    near = near_duplicates(_signatures(held_out), _signatures(train))
+    pairs = [*prompts, *near]
+    places = (
+        [_place(held_out, pair.held_out) for pair in pairs],
+        [_place(train, pair.train) for pair in pairs],
+    )
+    return Findings(config, tallies, errors, sum(len(chosen) for _, chosen in held_out), prompts, near, places)
+
+
+def _prompts(side: list[tuple[Tally, np.ndarray]]) -> np.ndarray:
+    return np.concatenate([np.frombuffer(tally.prompts, np.uint64)[chosen] for tally, chosen in side])
+
+
+def _signatures(side: list[tuple[Tally, np.ndarray]]) -> np.ndarray:
+    parts = [tally.all_signatures()[chosen] for tally, chosen in side if tally.compare]
+    return np.concatenate([np.zeros((0, NUM_HASHES), np.uint32), *parts])
+
+
+def _place(side: list[tuple[Tally, np.ndarray]], record: int) -> Place:
+    for tally, chosen in side:
+        if record < len(chosen):
+            return tally.place(int(chosen[record]))
+        record -= len(chosen)
+    raise IndexError(record)
