@@ -160,7 +160,14 @@ def save_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, se
 
     torch.manual_seed(seed)
     config, tokenizer, processor, chat_template = FAMILIES[family]()
-    AutoModelForMultimodalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    model = AutoModelForMultimodalLM.from_config(config, dtype=dtype)
+    for p in model.parameters():
+        if p.ndim > 1 and not p.any():  # Gemma 3's projection of what it sees starts at 0
+            torch.nn.init.normal_(p, std=0.1)
+    head = model.get_output_embeddings().weight
+    if head is not model.get_input_embeddings().weight:
+        head.data *= 8  # or no frozen head could be sure of anything
+    model.save_pretrained(folder)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     written = {"processor_class": processor.pop("class")}

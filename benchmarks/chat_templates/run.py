@@ -25,6 +25,7 @@ import numpy as np
 from conversations import Conversation, conversations
 from templates import CONTROL_TOKENS, LOADED_WITHOUT_LAYOUT, TEMPLATES, Known
 from transformers import AddedToken, AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from tunesmith.config import DataConfig
 from tunesmith.data.encode import Encoder, FastDisagrees
@@ -206,6 +207,10 @@ class Judge:
                 continue
 
     def render(self, dicts: list[dict[str, Any]], **options: Any) -> str:
+        if any(turn["content"] is None for turn in dicts):  # apply_chat_template takes such content away
+            variables = {**self.tokenizer.special_tokens_map, **self.known.variables}
+            source = self.tokenizer.chat_template
+            return render_jinja_template([dicts], self.tools, chat_template=source, **options, **variables)[0][0]
         return self.tokenizer.apply_chat_template(dicts, self.tools, tokenize=False, **options, **self.known.variables)
 
     def tokens_of(self, text: str) -> list[int]:

@@ -90,5 +90,5 @@ TEMPLATES: dict[str, Known] = {
 }
 """By file name. Of a family without a tokenizer, Qwen3's stands in, with the template's control tokens added."""
 
-LOADED_WITHOUT_LAYOUT = {name for name in list(TEMPLATES)[:18]}
+LOADED_WITHOUT_LAYOUT = set(list(TEMPLATES)[:18])
 """chujiezheng/chat_templates are meant to be loaded without line ends and indentation."""

@@ -34,6 +34,8 @@ class SetConfig(PathSection):
     """Classification: the word for each class, in the order of the labels 0, 1, …; by default the label itself."""
     prompt: str = ""
     """Classification: the question, with columns in braces, such as `Review: {text} Sentiment:`."""
+    header: tuple[str, ...] = ()
+    """Column names of a .csv or .tsv file that does not begin with them."""
     text_unit: Literal["line", "paragraph", "file"] = "line"
     """What is one document in a .txt file."""
     weight: Annotated[float, Field(gt=0)] = 1.0

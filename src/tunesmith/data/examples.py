@@ -44,7 +44,7 @@ def read_examples(source: Source, as_chat: bool | None = None, report: Report = 
             if error.path and error.path[0] in columns:  # the file has the column's name, not ours
                 path = (columns[str(error.path[0])], *error.path[1:])
                 error = DataError(error.place, path, error.what, error.remedy)
-            report(error, _as_json(record))
+            report(error, json.dumps(record, ensure_ascii=False, default=str))
             continue
         form = found
         folder = os.path.dirname(place.file)
@@ -71,13 +71,8 @@ def rename(record: Record, columns: Mapping[str, str], place: Place, lenient: bo
             renamed[key] = record[column]
         elif not (lenient and key in OPTIONAL):
             what = f"no column {column}, which data.columns names for {key}"
-            raise DataError(place, (), what, f"{hint(column, record)}; the columns here are {', '.join(record)}")
+            raise DataError(place, (), what, hint(column, record))
     return renamed
-
-
-def _as_json(record: Record) -> str:
-    text = json.dumps(record, ensure_ascii=False, default=str)
-    return text.encode(errors="backslashreplace").decode()  # half a surrogate pair, written as JSON writes it
 
 
 def to_chat(example: Example) -> Example:
@@ -122,9 +117,7 @@ def _no_text(place: Place, what: str) -> DataError:
 def content_hash(example: Example) -> int:
     """64 bits of all that is content: the same for the same example in another file or line."""
     text = json.dumps(_content(example), ensure_ascii=False, default=_digest)
-    # A tool's schema may hold half a surrogate pair, which plain UTF-8 refuses.
-    data = text.encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _content(example: Example) -> list[Any]:

@@ -2,90 +2,68 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import os
+from array import array
+from functools import lru_cache
+from itertools import islice
 
+from tunesmith.data.csv_text import Table
+from tunesmith.data.json_text import find, items, line_and_column, skip_space
+from tunesmith.data.readers import DELIMITERS, kind_of, open_bytes, read_text
 from tunesmith.errors import Path as ValuePath
 from tunesmith.types import Place
 
-DECODER = json.JSONDecoder()
-SPACE = " \t\n\r"
+LINE_KINDS = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
+"""Kinds of files whose places are lines."""
 
 
 def locate(place: Place, path: ValuePath) -> str:
-    """`file:line:column` where that can be found, else `file:line`, or `file: record n`. Never raises."""
-    from tunesmith.data.readers import kind_of, read_text
+    """`file:line:column` where that can be found, else `file:line`, or `file: record n`. Never raises.
 
-    kind = "" if "://" in place.file else kind_of(place.file)
-    if kind in (".jsonl", ".ndjson", ".json") and Path(place.file).is_file():
-        try:
-            text = read_text(place.file)
-            if kind == ".json":
-                return f"{place.file}:{_line_and_column(text, _find(text, 0, (place.line - 1, *path)))}"
-            start = _line_start(text, place.line)
-            return f"{place.file}:{_line_and_column(text, _find(text, start, path))}"
-        except (OSError, ValueError, IndexError):
-            return f"{place.file}:{place.line}"
-    if kind in (".parquet", ".arrow") or not kind:
-        return f"{place.file}: record {place.line}"
-    return f"{place.file}:{place.line}"
+    Of a path that leads nowhere the deepest part is found. Files behind URLs are not opened.
+    """
+    file, kind = place.file, kind_of(place.file)
+    is_line = kind in LINE_KINDS and not file.startswith("hub:")
+    roughly = str(place) if is_line else f"{file}: record {place.line}"
+    if kind not in FINDERS or not os.path.isfile(file):
+        return roughly
+    try:
+        return f"{file}:{FINDERS[kind](file, place.line, path)}"
+    except Exception:  # the file may have changed since it was read; a message about an error must not become one
+        return roughly
 
 
-def _find(text: str, position: int, path: ValuePath) -> int:
-    """Where the value at `path` begins; of its deepest part that is there, if not all is."""
-    position = _skip(text, position)
-    for part in path:
-        inside = _member(text, position, part) if isinstance(part, str) else _item(text, position, part)
-        if inside is None:
-            break
-        position = inside
-    return position
+def _in_jsonl(file: str, line: int, path: ValuePath) -> str:
+    with open_bytes(file) as stream:
+        text = next(islice(stream, line - 1, None)).decode()
+    return line_and_column(text.removeprefix("\ufeff"), find(text.removeprefix("\ufeff"), 0, path), line)
 
 
-def _member(text: str, position: int, key: str) -> int | None:
-    """Where an object's member begins."""
-    if text[position] != "{":
-        return None
-    position = _skip(text, position + 1)
-    while text[position] != "}":
-        name, position = DECODER.raw_decode(text, position)
-        position = _skip(text, _skip(text, position) + 1)
-        if name == key:
-            return position
-        position = _behind(text, position)
-    return None
+def _in_json(file: str, record: int, path: ValuePath) -> str:
+    facts = os.stat(file)
+    start = _record_starts(file, facts.st_size, facts.st_mtime_ns)[record - 1]
+    text = read_text(file)
+    return line_and_column(text, find(text, start, path))
 
 
-def _item(text: str, position: int, index: int) -> int | None:
-    """Where an array's item begins."""
-    if text[position] != "[":
-        return None
-    position = _skip(text, position + 1)
-    while text[position] != "]":
-        if index == 0:
-            return position
-        position, index = _behind(text, position), index - 1
-    return None
+@lru_cache(maxsize=4)
+def _record_starts(file: str, size: int, changed_ns: int) -> array[int]:
+    """Where the records of a .json file begin; kept, as one error seldom comes alone. A broken end does not matter."""
+    text, starts = read_text(file), array("q")
+    try:
+        starts.extend(items(text, skip_space(text, 0)))
+    except (ValueError, IndexError, RecursionError):
+        return starts
+    return starts
 
 
-def _behind(text: str, position: int) -> int:
-    """Behind the value that begins here, and behind the comma after it."""
-    position = _skip(text, DECODER.raw_decode(text, position)[1])
-    return _skip(text, position + 1) if text[position] == "," else position
+def _in_csv(file: str, line: int, path: ValuePath) -> str:
+    with open_bytes(file) as stream:
+        table = Table(stream, DELIMITERS[kind_of(file)])
+        row = next(row for row in table if row.line == line)
+    name = path[0] if path else None
+    start = row.start(table.header.index(name), table.delimiter) if name in table.header else 0
+    return line_and_column(row.raw, start, line)
 
 
-def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in SPACE:
-        position += 1
-    return position
-
-
-def _line_start(text: str, line: int) -> int:
-    position = 0
-    for _ in range(line - 1):
-        position = text.index("\n", position) + 1
-    return position
-
-
-def _line_and_column(text: str, position: int) -> str:
-    return f"{text.count(chr(10), 0, position) + 1}:{position - text.rfind(chr(10), 0, position)}"
+FINDERS = {".jsonl": _in_jsonl, ".ndjson": _in_jsonl, ".json": _in_json, ".csv": _in_csv, ".tsv": _in_csv}

@@ -11,7 +11,9 @@ import json
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -58,7 +60,8 @@ def load_samples(config: DataConfig, renderer: Renderer, watch: Watch = unwatche
     return train, first_by_content(samples.select(side), config.max_eval_samples)
 
 
-def load_sources(sources: list[Source], config: DataConfig, renderer: Renderer, watch: Watch) -> Samples:
+def load_sources(sources: list[Source], config: DataConfig, renderer: Renderer, watch: Watch = unwatched) -> Samples:
+    """All samples of the data sets, one after the other."""
     parts = [load_part(source, config, renderer, watch) for source in sources]
     return whole(parts, [source.config for source in sources], renderer.processor)
 
@@ -122,18 +125,38 @@ def make_samples(
     counts: Counts,
     report: Report,
 ) -> Iterator[tuple[Encoded, list[Place], list[int]]]:
-    """Chunks of (samples end to end, place of each, content hash of each); what happens on the way is counted."""
+    """Chunks of (samples end to end, place of each, content hash of each); what happens on the way is counted.
+
+    While one chunk is encoded, in threads of its own, the next one is rendered.
+    """
+    waiting: deque[tuple[Rendered, Future[Encoded]]] = deque()
+    with ThreadPoolExecutor(1, "encode") as pool:
+        for rendered in _rendered_chunks(examples, renderer, counts, report):
+            texts = [marked for _, sample in rendered for marked in sample]
+            waiting.append((rendered, pool.submit(encoder.encode, texts)))
+            if len(waiting) > 1:
+                done, encoded = waiting.popleft()
+                yield _cut(done, encoded.result(), config, counts, report)
+        for done, encoded in waiting:
+            yield _cut(done, encoded.result(), config, counts, report)
+
+
+Rendered = list[tuple[Example, Sample]]
+
+
+def _rendered_chunks(
+    examples: Iterator[Example], renderer: Renderer, counts: Counts, report: Report
+) -> Iterator[Rendered]:
     while chunk := list(islice(examples, CHUNK)):
         counts.records += len(chunk)
-        rendered: list[tuple[Example, Sample]] = []
+        rendered: Rendered = []
         for example in chunk:
             try:
                 samples = [insert_media(sample, example, renderer.processor) for sample in renderer.render(example)]
                 rendered += [(example, sample) for sample in samples]
             except DataError as error:
                 report(error, None)
-        encoded = encoder.encode([marked for _, sample in rendered for marked in sample])
-        yield _cut(rendered, encoded, config, counts, report)
+        yield rendered
 
 
 def _write(folder: Path, source: Source, config: DataConfig, renderer: Renderer, watch: Watch) -> None:
@@ -178,7 +201,7 @@ def _nothing_left(source: Source, config: DataConfig, counts: Counts) -> str:
 
 
 def _cut(
-    rendered: list[tuple[Example, Sample]], encoded: Encoded, config: DataConfig, counts: Counts, report: Report
+    rendered: Rendered, encoded: Encoded, config: DataConfig, counts: Counts, report: Report
 ) -> tuple[Encoded, list[Place], list[int]]:
     """Samples shortened to max_tokens by the truncation policy. A sample without any target is no sample."""
     group = len(rendered[0][1]) if rendered else 1

@@ -1,18 +1,23 @@
-"""Files to records: one reader for each kind of file. A bad line is reported and reading goes on with the next."""
+"""Files to records: one reader for each kind of file. A bad record is reported, and reading goes on with the next."""
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import json
-import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import PurePath
 from typing import Any, BinaryIO, NoReturn, cast
 
+import pyarrow
+
 from tunesmith.config import SetConfig
-from tunesmith.errors import UserError
+from tunesmith.data.csv_text import Lines, Row, Table, bad_byte, shown_bytes
+from tunesmith.data.json_text import HALF, LENIENT, STRICT, Flaw, explain, line_and_column, lone_half, skip_space
+from tunesmith.errors import DataError, UserError
+from tunesmith.types import Place
 
 Report = Callable[[UserError, str | None], None]
 """Told what is wrong, and the record's raw text if there is one, for quarantine."""
@@ -20,8 +25,40 @@ Report = Callable[[UserError, str | None], None]
 Records = Iterator[tuple[dict[str, Any], int]]
 """(record, 1-based line, or record number where a file has no lines)."""
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-SURROGATE = re.compile("[\ud800-\udfff]")
+COMPRESSIONS = (".gz", ".zst")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TOO_MANY_FIELDS = {".csv": 'a field that holds commas stands in "quotation marks"', ".tsv": "remove tabs inside fields"}
+ONE_A_LINE = "one object per line is expected"
+UNCLOSED = "not JSON: the file ends inside its array", "copy it again, or close the array with ]"
+NO_COMMA = "not JSON: no comma between two records", "write one; nothing after it is read"
+LINE_ENDS = ("\n", "", "\r\n")
+BATCH_ROWS = 256
+BUFFER_BYTES = 2**20
+
+LFS_POINTER = b"version https://git-lfs"
+FOREIGN = {
+    LFS_POINTER: ("a Git LFS pointer, not the file itself", "run git lfs pull"),
+    b"\x1f\x8b": ("compressed with gzip", "end its name in .gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "end its name in .zst"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
+    b"PAR1": ("a parquet file", "end its name in .parquet"),
+    b"ARROW1": ("an arrow file", "end its name in .arrow"),
+    b"\xff\xfe": ("UTF-16 text", "save the file as UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "save the file as UTF-8"),
+}
+"""First bytes of files that are no text in UTF-8 → what they are, and what to do."""
+
+
+class BadRecord(DataError):
+    """A record that cannot be read; where it stands in the file is known already."""
+
+    def __init__(self, place: Place, at: str, what: str, remedy: str) -> None:
+        super().__init__(place, (), what, remedy)
+        self.args = (place, at, what, remedy)
+        self.at = at
+
+    def __str__(self) -> str:
+        return f"{self.place.file}:{self.at}: {self.what}: {self.remedy}"
 
 
 def raise_error(error: UserError, raw: str | None = None) -> NoReturn:
@@ -30,280 +67,301 @@ def raise_error(error: UserError, raw: str | None = None) -> NoReturn:
 
 
 def kind_of(file: str) -> str:
-    """The suffix that tells a file's kind, without that of its compression."""
-    suffixes = [suffix.lower() for suffix in Path(file.partition("?")[0]).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
+    """The suffix that tells a file's kind: of text that before .gz or .zst."""
+    if file.startswith(("http://", "https://")):
+        file = file.partition("?")[0].partition("#")[0]
+    suffixes = [suffix.lower() for suffix in PurePath(file).suffixes[-2:]]
+    if len(suffixes) == 2 and suffixes[1] in COMPRESSIONS and suffixes[0] in TEXT_READERS:
+        return suffixes[0]
     return suffixes[-1] if suffixes else ""
+
+
+def readable() -> str:
+    """All suffixes, for messages."""
+    binary = " and ".join(kind for kind in READERS if kind not in TEXT_READERS)
+    return f"{', '.join(TEXT_READERS)} (each also with {' or '.join(COMPRESSIONS)} behind it), {binary}"
 
 
 def read_file(file: str, config: SetConfig, report: Report) -> Records:
     """The records of a local file or URL. Raises UserError where the file as a whole cannot be read."""
-    import pyarrow
-
     try:
         yield from READERS[kind_of(file)](file, config, report)
-    except (OSError, EOFError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{file}: cannot be read: {reason}: check the file, or copy it again") from error
+    except UserError:
+        raise
+    except Exception as error:  # damaged binary files and the packages behind URLs raise whatever they like
+        raise UserError(f"{file}: cannot be read: {reason(error)}: check the file, or copy it again") from error
 
 
-def open_bytes(file: str) -> BinaryIO:
-    """The bytes of a local file or URL, decompressed."""
-    compression = COMPRESSIONS.get(Path(file).suffix.lower())
-    raw: Any
-    if "://" in file:
-        import fsspec
+def reason(error: Exception) -> str:
+    """What another library says, in a line."""
+    said = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    return said[:200] or type(error).__name__
 
-        raw = fsspec.open(file, "rb").open()
-    else:
-        raw = Path(file).expanduser().open("rb")
-    if compression == "gzip":
-        return cast(BinaryIO, gzip.open(raw))
-    if compression == "zstd":
-        import pyarrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"), 2**20)  # type: ignore[type-var]
-    return cast(BinaryIO, raw)
+@contextmanager
+def open_bytes(file: str) -> Iterator[BinaryIO]:
+    """The bytes of a local file or URL, decompressed. Raises UserError for text that is none."""
+    kind, is_url = kind_of(file), "://" in file
+    packed = PurePath(file.partition("?")[0] if is_url else file).suffix.lower()
+    with ExitStack() as stack:
+        stream: Any
+        if is_url:
+            import fsspec
+
+            stream = io.BufferedReader(stack.enter_context(fsspec.open(file, "rb")), BUFFER_BYTES)
+        else:
+            stream = stack.enter_context(open(file, "rb", BUFFER_BYTES))
+        if kind in TEXT_READERS and packed == ".gz":
+            stream = io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=stream)), BUFFER_BYTES)
+        elif kind in TEXT_READERS and packed == ".zst":
+            unpacked: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd")
+            stream = io.BufferedReader(unpacked, BUFFER_BYTES)
+        start = stream.peek(32)
+        for magic, (what, remedy) in FOREIGN.items():
+            if start.startswith(magic) and (kind in TEXT_READERS or magic == LFS_POINTER):
+                raise UserError(f"{file}: {what}: {remedy}")
+        yield cast(BinaryIO, stream)
 
 
 def read_text(file: str) -> str:
-    """All of a text file. Raises UserError that names the line where it is no UTF-8."""
+    """All of a text file, with the bytes that are no UTF-8 as lone surrogates."""
     with open_bytes(file) as stream:
-        data = stream.read()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{line}: not UTF-8 text (byte {error.start}): save the file as UTF-8") from error
+        return stream.read().decode(errors="surrogateescape").removeprefix("\ufeff")
 
 
-class _Mistake(ValueError):
-    """JSON that is valid but holds what no record may hold."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Mistake(f"the key {twice!r} stands twice in one object: remove one of the two")
-    return record
-
-
-def _constant(name: str) -> NoReturn:
-    raise _Mistake(f"{name} is no JSON: write a number, or null")
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+# ---- JSON
 
 
 def _jsonl(file: str, config: SetConfig, report: Report) -> Records:
+    decode = STRICT.raw_decode
     with open_bytes(file) as lines:
         for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raw = line.decode(errors="backslashreplace").rstrip("\r\n")
-                report(UserError(f"{file}:{number}: not UTF-8 text (byte {error.start}): save the file as UTF-8"), raw)
-                continue
-            hint = " (a whole JSON array? name the file .json)" if number == 1 and text.startswith("[") else ""
-            try:
-                record, end = DECODER.raw_decode(text)
-                if text[end:].strip():
-                    raise json.JSONDecodeError("Extra data", text, end)
-            except _Mistake as mistake:
-                report(UserError(f"{file}:{number}: {mistake}"), text)
-                continue
-            except json.JSONDecodeError as error:
-                what = f"{file}:{number}:{error.pos + 1}: not JSON: {error.msg}"
-                report(UserError(f"{what}: one object per line is expected{hint}"), text)
-                continue
-            except RecursionError:
-                report(
-                    UserError(f"{file}:{number}: not JSON: nested too deeply: one object per line is expected"), text
-                )
-                continue
-            if (problem := _unusable(record, text)) is not None:
-                report(UserError(f"{file}:{number}: {problem}{hint}"), text)
-                continue
-            yield record, number
+                text = line.decode()
+                record, end = decode(text)
+            except (ValueError, RecursionError):
+                end = 0
+            if (
+                end
+                and type(record) is dict
+                and text[end:] in LINE_ENDS
+                and ("\\u" not in text or not HALF.search(text))
+            ):
+                yield record, number
+            elif not line.isspace():
+                text = line.decode(errors="surrogateescape").rstrip("\r\n")
+                text = text.removeprefix("\ufeff") if number == 1 else text
+                record, flaw = _only_object(text, array_hint=number == 1)
+                if flaw is None:
+                    yield record, number
+                else:
+                    at = line_and_column(text, flaw.position, number)
+                    report(BadRecord(Place(file, number), at, flaw.what, flaw.remedy), shown_bytes(text))
 
 
-def _unusable(record: Any, text: str) -> str | None:
-    """Why a JSON value is no record."""
+def _only_object(text: str, array_hint: bool) -> tuple[Any, Flaw | None]:
+    """The one record that a text holds, or what is wrong with it."""
+    if flaw := bad_byte(text):
+        return None, flaw
+    start = skip_space(text, 0)
+    record, end, flaw = _object_at(text, start, ONE_A_LINE)
+    behind = len(text) if end is None else skip_space(text, end)
+    if behind < len(text) and not flaw:
+        flaw = explain(text, start, json.JSONDecodeError("Extra data", text, behind), ONE_A_LINE)
+    if flaw and array_hint and text.startswith("[", start):
+        flaw = flaw._replace(remedy=f"{flaw.remedy} (a whole JSON array? name the file .json)")
+    return record, flaw
+
+
+def _object_at(text: str, start: int, remedy: str) -> tuple[Any, int | None, Flaw | None]:
+    """The record that begins here, its end, and what is wrong with it. No end: it has not the form of JSON."""
+    try:
+        record, end = STRICT.raw_decode(text, start)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return None, None, explain(text, start, error, remedy)
+    except ValueError as error:
+        flaw = explain(text, start, error, remedy)
+        try:  # what is refused may stand before a fault of form
+            return None, LENIENT.raw_decode(text, start)[1], flaw
+        except (json.JSONDecodeError, RecursionError):
+            return None, None, flaw
     if not isinstance(record, dict):
-        return f"expected an object with keys, found {_name(record)}: write each record as {{…}}"
-    if "\\u" in text and SURROGATE.search(json.dumps(record, ensure_ascii=False)):
-        return "text that is no Unicode (half a surrogate pair, \\ud800 … \\udfff): remove it"
-    return None
+        return None, end, Flaw(start, f"expected an object with keys, found {_name(record)}", "write a record as {…}")
+    return record, end, lone_half(text, start, end, record)
 
 
 def _name(value: Any) -> str:
     names = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+    return names[type(value)]
 
 
 def _json(file: str, config: SetConfig, report: Report) -> Records:
     text = read_text(file)
-    position = _skip_space(text, 0)
-    if text[position : position + 1] != "[":
-        place = _place(text, position)
-        found = "an object" if text[position : position + 1] == "{" else "no array"
-        remedy = "one object per line? name the file .jsonl; records under a key? write them as the array itself"
-        raise UserError(f"{file}:{place}: expected a JSON array of records, found {found}: {remedy}")
-    position, number = _skip_space(text, position + 1), 0
-    while text[position : position + 1] != "]":
-        number += 1
-        try:
-            start = position
-            record, position = DECODER.raw_decode(text, position)
-            position = _skip_space(text, position)
-            if text[position : position + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        except _Mistake as mistake:
-            report(UserError(f"{file}:{_place(text, start)}: record {number}: {mistake}"), None)
-            return
-        except json.JSONDecodeError as error:
-            place = _place(text, error.pos)
-            report(UserError(f"{file}:{place}: not JSON: {error.msg}: mend it; what follows is not read"), None)
-            return
-        except RecursionError:
-            report(UserError(f"{file}:{_place(text, start)}: not JSON: nested too deeply: mend it"), None)
-            return
-        if (problem := _unusable(record, text[start:position])) is not None:
-            report(UserError(f"{file}:{_place(text, start)}: {problem}"), text[start:position])
-        else:
+    if not text.strip():
+        return
+    if flaw := bad_byte(text) or _no_array(text):
+        raise UserError(f"{file}:{line_and_column(text, flaw.position)}: {flaw.what}: {flaw.remedy}")
+    for number, (record, problem, raw) in enumerate(_array(text), start=1):
+        if problem is None:
             yield record, number
-        if text[position] == ",":
-            position = _skip_space(text, position + 1)
-    if rest := text[position + 1 :].strip():
-        what = f"not JSON: text behind the array: {rest[:20]!r}"
-        report(UserError(f"{file}:{_place(text, text.index(rest, position + 1))}: {what}: remove it"), None)
+        else:
+            at = line_and_column(text, problem.position)
+            report(BadRecord(Place(file, number), at, problem.what, problem.remedy), raw)
 
 
-WHITE = re.compile(r"[ \t\n\r]*")
+def _no_array(text: str) -> Flaw | None:
+    """Why a text is no array of records."""
+    start = skip_space(text, 0)
+    if text.startswith("[", start):
+        return None
+    if not text.startswith("{", start):
+        return Flaw(start, "expected a JSON array of records", "write the records as [{…}, {…}]")
+    record, end, flaw = _object_at(text, start, "write the records as [{…}, {…}]")
+    if end is None:
+        return flaw
+    what = "expected a JSON array of records, found an object"
+    if skip_space(text, end) < len(text):
+        return Flaw(start, what, "one object per line? name the file .jsonl; else write [{…}, {…}]")
+    lists = [key for key, value in (record or {}).items() if isinstance(value, list)]
+    under = f"the records stand under {json.dumps(lists[0])}? make that array the whole file" if lists else ""
+    return Flaw(start, what, under or "one record alone? write it as [{…}]")
 
 
-def _skip_space(text: str, position: int) -> int:
-    match = WHITE.match(text, position)
-    assert match is not None
-    return match.end()
+def _array(text: str) -> Iterator[tuple[Any, Flaw | None, str | None]]:
+    """The records of the array that a text is; in place of a bad one what is wrong, and its text where that is known."""
+    position = skip_space(text, skip_space(text, 0) + 1)
+    while not text.startswith("]", position):
+        if position == len(text):
+            yield None, Flaw(position, *UNCLOSED), None
+            return
+        record, end, flaw = _object_at(text, position, "mend it")
+        if end is None:
+            assert flaw is not None
+            yield None, flaw._replace(remedy=f"{flaw.remedy}; nothing after it is read"), None
+            return
+        yield record, flaw, text[position:end] if flaw else None
+        end = skip_space(text, end)
+        position = end if text.startswith("]", end) else skip_space(text, end + 1)
+        if not text.startswith(("]", ","), end):
+            yield None, Flaw(end, *(UNCLOSED if end == len(text) else NO_COMMA)), None
+            return
+        if end < position and text.startswith("]", position):
+            yield None, Flaw(end, "not JSON: a comma before the closing ]", "remove it"), None
+    behind = skip_space(text, position + 1)
+    if behind < len(text):
+        yield None, Flaw(behind, "not JSON: text behind the array's end", "remove it"), None
 
 
-def _place(text: str, position: int) -> str:
-    """line:column of a position."""
-    return f"{text.count(chr(10), 0, position) + 1}:{position - text.rfind(chr(10), 0, position)}"
+# ---- rows and lines of text
 
 
 def _csv(file: str, config: SetConfig, report: Report) -> Records:
-    tabs = kind_of(file) == ".tsv"
-    # in real .tsv files a quotation mark is a quotation mark
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    kind = kind_of(file)
     with open_bytes(file) as stream:
-        lines = _decoded_lines(file, stream, report)
-        reader = csv.reader(lines, **options)
-        header = next(reader, None)
-        if header is None:
-            return
-        if wrong := [name for name in header if not name or header.count(name) > 1]:
-            what = "an empty column name" if not wrong[0] else f"the column {wrong[0]!r} twice"
-            raise UserError(f"{file}:1: {what} in the header: give every column a name of its own")
-        while True:
-            line = reader.line_num + 1
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                report(
-                    UserError(f"{file}:{line}: not {'TSV' if tabs else 'CSV'}: {error}: mend the line's quotes"), None
-                )
-                continue
-            if row is None:
-                return
-            if not row:
-                continue
-            if len(row) != len(header):
-                what = f"{len(row)} fields, but the header has {len(header)}"
-                report(
-                    UserError(f"{file}:{line}: {what}: mend the line, or quote fields that hold separators"), str(row)
-                )
-                continue
-            yield dict(zip(header, row, strict=True)), line
+        table = Table(stream, DELIMITERS[kind])
+        header: Sequence[str] | None = None
+        for row in table:
+            if header is None:
+                header = _header(file, row)
+            elif row.flaw:
+                report(BadRecord(Place(file, row.line), row.at, row.flaw.what, row.flaw.remedy), row.raw)
+            elif len(row.fields) != len(header):
+                found = f"{len(row.fields)} field{'s' * (len(row.fields) != 1)}"
+                what = f"{found}, but the header has {len(header)}"
+                report(BadRecord(Place(file, row.line), str(row.line), what, TOO_MANY_FIELDS[kind]), row.raw)
+            else:
+                yield dict(zip(header, row.fields, strict=True)), row.line
 
 
-def _decoded_lines(file: str, stream: BinaryIO, report: Report) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            message = f"{file}:{number}: not UTF-8 text (byte {error.start}): save the file as UTF-8"
-            report(UserError(message), line.decode(errors="backslashreplace").rstrip("\r\n"))
+def _header(file: str, row: Row) -> Sequence[str]:
+    """The names of the columns."""
+    if row.flaw:
+        raise UserError(f"{file}:{row.at}: {row.flaw.what}: {row.flaw.remedy}")
+    for number, name in enumerate(row.fields, start=1):
+        if not name:
+            remedy = "name it, or write the file without row numbers (pandas: index=False)"
+            raise UserError(f"{file}:{row.line}: column {number} of the header has no name: {remedy}")
+        if row.fields.index(name) < number - 1:
+            raise UserError(f"{file}:{row.line}: two columns named {json.dumps(name)}: rename one of them")
+    return row.fields
+
+
+def _txt(file: str, config: SetConfig, report: Report) -> Records:
+    with open_bytes(file) as stream:
+        for text, number in _documents(stream, config.text_unit):
+            if flaw := bad_byte(text):
+                at = line_and_column(text, flaw.position, number)
+                report(BadRecord(Place(file, number), at, flaw.what, flaw.remedy), shown_bytes(text))
+            else:
+                yield {"text": text}, number
+
+
+def _documents(stream: BinaryIO, unit: str) -> Iterator[tuple[str, int]]:
+    """Documents and the lines on which they begin."""
+    if unit == "file":
+        text = stream.read().decode(errors="surrogateescape").removeprefix("\ufeff").replace("\r\n", "\n")
+        if text.strip():
+            yield text, 1
+        return
+    paragraph: list[str] = []
+    number = 0
+    for number, raw in Lines(stream):
+        line = raw.removesuffix("\n").removesuffix("\r")
+        blank = not line.strip()
+        if unit == "line" and not blank:
+            yield line, number
+        elif unit == "paragraph" and not blank:
+            paragraph.append(line)
+        elif paragraph:
+            yield "\n".join(paragraph), number - len(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "\n".join(paragraph), number + 1 - len(paragraph)
+
+
+# ---- binary files
 
 
 def _parquet(file: str, config: SetConfig, report: Report) -> Records:
     import pyarrow.parquet
 
-    number = 0
     with open_bytes(file) as stream:
-        for part in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
-            for record in part.to_pylist():
-                number += 1
-                yield record, number
+        parquet = pyarrow.parquet.ParquetFile(stream)
+        yield from _rows(file, parquet.schema_arrow, parquet.iter_batches(batch_size=BATCH_ROWS))
 
 
 def _arrow(file: str, config: SetConfig, report: Report) -> Records:
     """Both of Arrow's own forms: the file, and the stream that `datasets` writes."""
     import pyarrow.ipc
 
-    number = 0
     with open_bytes(file) as stream:
-        is_file = stream.read(6) == b"ARROW1"
-        stream.seek(0)
-        parts: Any
-        if is_file:
+        opened: Any
+        if stream.peek(6).startswith(b"ARROW1"):  # type: ignore[attr-defined]
             opened = pyarrow.ipc.open_file(stream)
-            parts = (opened.get_batch(index) for index in range(opened.num_record_batches))
+            batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
         else:
-            parts = pyarrow.ipc.open_stream(stream)
-        for part in parts:
-            for record in part.to_pylist():
+            opened = batches = pyarrow.ipc.open_stream(stream)
+        yield from _rows(file, opened.schema, batches)
+
+
+def _rows(file: str, schema: Any, batches: Iterable[Any]) -> Records:
+    if twice := [name for name, number in Counter(schema.names).items() if number > 1]:
+        raise UserError(f"{file}: two columns named {json.dumps(twice[0])}: rename one of them")
+    number = 0
+    for batch in batches:
+        batch.validate(full=True)  # a damaged file may hold offsets that lead out of memory
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            for record in batch.slice(start, BATCH_ROWS).to_pylist():
                 number += 1
                 yield record, number
 
 
-def _txt(file: str, config: SetConfig, report: Report) -> Records:
-    if config.text_unit == "file":
-        text = read_text(file)
-        if text.strip():
-            yield {"text": text.replace("\r\n", "\n")}, 1
-        return
-    with open_bytes(file) as stream:
-        paragraph: list[str] = []
-        number = first = 0
-        for number, raw in enumerate(_decoded_lines(file, stream, report), start=1):
-            line = raw.removesuffix("\n").removesuffix("\r")
-            if config.text_unit == "line":
-                if line.strip():
-                    yield {"text": line}, number
-            elif line.strip():
-                first = first if paragraph else number
-                paragraph.append(line)
-            elif paragraph:
-                yield {"text": "\n".join(paragraph)}, first
-                paragraph = []
-        if paragraph:
-            yield {"text": "\n".join(paragraph)}, first
-
-
-READERS: dict[str, Callable[[str, SetConfig, Report], Records]] = {
+TEXT_READERS: dict[str, Callable[[str, SetConfig, Report], Records]] = {
     ".json": _json,
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".csv": _csv,
     ".tsv": _csv,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
     ".txt": _txt,
 }
+READERS = TEXT_READERS | {".parquet": _parquet, ".arrow": _arrow}

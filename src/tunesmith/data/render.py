@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import DataConfig
 from tunesmith.data.parts import PartsTemplate, wants_parts
-from tunesmith.data.template import ChatTemplate, Refused
+from tunesmith.data.template import ChatTemplate, Refused, left_out
 from tunesmith.errors import DataError
 from tunesmith.types import Example, Media, Message, Place
 
@@ -86,7 +86,10 @@ class Renderer:
             self.notes["answers marked as undesirable, left out"] += 1
             return []
         if self.config.learn == "each" and example.messages and not self.learns_all:
-            return [(self._sequence(part),) for part in _prefixes(example)]
+            samples: list[Sample] = [(self._sequence(part),) for part in _prefixes(example)]
+            if not samples:
+                raise _nothing_to_learn(example.place)
+            return samples
         return [(self._sequence(example),)]
 
     @cached_property
@@ -99,7 +102,13 @@ class Renderer:
     def _sequence(self, example: Example, first: int = 0) -> Marked:
         """`first`: the first turn that may be learnt."""
         marked = self._conversation(example, first) if example.messages else self._plain_text(example)
-        return replace(marked, text=_unescape(marked.text), literals=_literals(marked.text))
+        if marked.text.isascii() or not LITERAL.search(marked.text):
+            return marked
+        if self._moved is None or not LITERAL.search(marked.text):
+            return marked
+        literals = tuple(match.span() for match in self._moved.finditer(marked.text))
+        text = self._moved.sub(lambda match: "".join(chr(ord(c) - LITERAL_PLANE) for c in match.group()), marked.text)
+        return replace(marked, text=text, literals=literals)
 
     def _plain_text(self, example: Example) -> Marked:
         text, spans = "", []
@@ -129,17 +138,18 @@ class Renderer:
             path = () if refused.turn is None else ("messages", refused.turn)
             raise DataError(example.place, path, refused.reason, refused.remedy) from refused
         for turn in rendered.without_reasoning:
-            if self.template.renders_reasoning:  # it would learn to answer without the thought that comes first
+            if self.template.habits.renders_reasoning:  # it would learn to answer without the thought that comes first
                 wanted[turn] = 0.0
                 self.notes["turns whose reasoning the chat template drops, not learnt"] += 1
             else:
                 self.notes["turns learnt without their reasoning: the chat template knows none"] += 1
         if rendered.without_words:
             self.notes["turns whose words beside tool calls the chat template drops"] += len(rendered.without_words)
-        if wanted and not self.template.ends_answers:
+        if wanted and not self.template.habits.ends_answers:
             self.notes["conversations without an end-of-turn token: the model does not learn where to stop"] += 1
         spans = tuple((*rendered.spans[turn], wanted[turn]) for turn in sorted(wanted) if wanted[turn] != base)
-        media = tuple(part for message in messages for part in message.content if isinstance(part, Media))
+        mixed = [message.content for message in messages if not isinstance(message.content, str)]
+        media = tuple(part for content in mixed for part in content if isinstance(part, Media))
         return Marked(rendered.text, base, spans, media=media)
 
     def _turn_weights(self, messages: Sequence[Message], base: float, first: int) -> dict[int, float]:
@@ -156,27 +166,37 @@ class Renderer:
     def _check_nothing_lost(self, example: Example, messages: Sequence[Message], text: str) -> None:
         for turn, message in enumerate(messages):
             if any(call.name not in text for call in message.tool_calls):
-                raise Refused(
-                    "the model's chat template leaves tool calls out",
-                    "use a model whose template knows tools, or set model.chat_template",
-                    turn,
-                )
+                raise left_out("tool calls", turn)
         if example.tools and not any(_tool_name(tool) in text for tool in example.tools):
             self.notes["records whose tools the chat template leaves out"] += 1
 
     @cached_property
     def _special(self) -> re.Pattern[str] | None:
         """Any special token's name."""
-        names = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        longest_first = sorted(names, key=len, reverse=True)
+        longest_first = sorted(self._special_names, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
-    def _escape(self, text: str) -> str:
-        """Special tokens' names in the data's own text, moved to characters that no template and no tokenizer knows."""
+    @cached_property
+    def _special_names(self) -> set[str]:
+        return {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+
+    def _escape(self, text: str, in_json: bool = False) -> str:
+        """Special tokens' names in the data's own text, moved to characters that no template and no tokenizer knows.
+
+        A name with a quotation mark, as Gemma 4's, is none in JSON, which spells the mark otherwise.
+        """
         if self.config.parse_special_tokens or self._special is None or not self._special.search(text):
             return text
         self.notes["texts that spell special tokens, kept as text"] += 1
-        return self._special.sub(lambda match: "".join(chr(LITERAL_PLANE + ord(c)) for c in match.group()), text)
+        return self._special.sub(
+            lambda match: match.group() if in_json and '"' in match.group() else _moved(match.group()), text
+        )
+
+    @cached_property
+    def _moved(self) -> re.Pattern[str] | None:
+        """Any special token's name after that. Other characters of that plane are the data's: fonts of icons use it."""
+        names = sorted(self._special_names, key=len, reverse=True)
+        return re.compile("|".join(re.escape(_moved(name)) for name in names)) if names else None
 
     def _escaped(self, message: Message) -> Message:
         if self._special is None or self.config.parse_special_tokens:
@@ -196,25 +216,23 @@ class Renderer:
     def _escaped_value(self, value: Any) -> Any:
         """JSON data with its texts escaped."""
         if isinstance(value, dict):
-            return {self._escape(key): self._escaped_value(part) for key, part in value.items()}
+            return {self._escape(key, in_json=True): self._escaped_value(part) for key, part in value.items()}
         if isinstance(value, list):
             return [self._escaped_value(part) for part in value]
-        return self._escape(value) if isinstance(value, str) else value
+        return self._escape(value, in_json=True) if isinstance(value, str) else value
 
 
-def _unescape(text: str) -> str:
-    return LITERAL.sub(lambda match: "".join(chr(ord(c) - LITERAL_PLANE) for c in match.group()), text)
-
-
-def _literals(text: str) -> tuple[tuple[int, int], ...]:
-    return tuple(match.span() for match in LITERAL.finditer(text))
+def _moved(name: str) -> str:
+    return "".join(chr(LITERAL_PLANE + ord(c)) for c in name)
 
 
 def _prefixes(example: Example) -> Iterable[Example]:
     """The conversation up to each of the assistant's turns, of which only the last is learnt."""
-    for stop, message in enumerate(example.messages, start=1):
-        if message.role == "assistant":
-            yield replace(example, messages=example.messages[:stop])
+    for turn, message in enumerate(example.messages):
+        says_something = message.content or message.reasoning or message.tool_calls
+        if message.role == "assistant" and says_something and message.weight != 0:
+            earlier = (replace(m, weight=None) if m.role == "assistant" else m for m in example.messages[:turn])
+            yield replace(example, messages=(*earlier, message))
 
 
 def _shared_turns(one: Example, other: Example) -> int:

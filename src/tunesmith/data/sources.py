@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from glob import glob
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -11,14 +14,37 @@ from typing import Any
 
 from tunesmith.config import SetConfig
 from tunesmith.data.formats.base import Record
-from tunesmith.data.readers import COMPRESSIONS, READERS, Report, kind_of, raise_error, read_file
+from tunesmith.data.readers import READERS, Report, kind_of, raise_error, read_file, readable, reason
 from tunesmith.errors import UserError
 from tunesmith.types import Place
 
+__all__ = ["DEMO_SAMPLES", "Report", "Source", "find_sources", "raise_error", "read_records"]
+
 DEMO_SAMPLES = {"train": 1600, "eval": 200}
 
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "adl": "adlfs",
+    "oss": "ossfs",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
 """What fsspec needs for a protocol."""
+
+DATASET_INFO = "dataset_info.json"
+DATASETS_OWN = ("state.json", "dataset_dict.json")
+"""What `datasets` writes beside its .arrow files."""
+
+HUB_NAME = re.compile(r"hub:[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -36,116 +62,146 @@ class Source:
 
 def find_sources(config: SetConfig, setting: str = "data.path", split: str = "train") -> list[Source]:
     """The data sets behind a path; opens no file. `split`: which part of the demo. Raises UserError that names `setting`."""
-    path = config.path
+    path = os.path.expanduser(config.path)
+    if path.startswith("file://"):
+        from fsspec.implementations.local import LocalFileSystem
+
+        path = LocalFileSystem._strip_protocol(path)
+    is_local = not (path == "demo" or path.startswith("hub:") or "://" in path)
+    if is_local and (config.names or os.path.basename(path) == DATASET_INFO):
+        from tunesmith.data.dataset_info import sources_of
+
+        file = os.path.join(path, DATASET_INFO) if os.path.isdir(path) else path
+        _check_file(file, setting)
+        return sources_of(Path(file), config)
+    if config.names:
+        raise UserError(
+            f"{path}: data.names picks from a local {DATASET_INFO}; remove it, or let {setting} name such a file"
+        )
     if path == "demo":
         return [Source("demo", config.model_copy(update={"split": split}))]
     if path.startswith("hub:"):
-        if not find_spec("datasets"):
-            raise UserError(f"{path}: hub data sets are read through datasets; pip install 'tunesmith[hub]'")
-        return [Source(path, config)]
-    if "://" in path:
-        return [Source(path, config, _urls(path, setting))]
-    if Path(path).name == "dataset_info.json" or config.names:
-        from tunesmith.data.dataset_info import sources_of
-
-        return sources_of(check_file(path, setting, {".json"}), config)
-    return [Source(path, config, _files(path, setting))]
+        return [_hub(config, setting)]
+    return [Source(config.path, config, _files(path, setting) if is_local else _urls(path, setting))]
 
 
 def read_records(source: Source, report: Report = raise_error) -> Iterator[tuple[Record, Place]]:
-    """Records with their places, in file order. A record that cannot be used goes to `report`, and reading goes on.
+    """Records with their places, in file order. A record that cannot be read goes to `report`, and reading goes on.
 
     Raises UserError for a file that is no file of its kind, and for a file without records.
     """
-    records = (
-        _demo(source) if source.name == "demo" and not source.files else _of_hub(source) if not source.files else None
-    )
-    if records is None:
+    records: Iterator[tuple[Record, Place]]
+    if source.files:
         records = (found for file in source.files for found in _of_file(file, source.config, report))
-    yield from islice(records, source.config.max_samples)
+    else:
+        records = _demo(source) if source.config.path == "demo" else _of_hub(source)
+    return islice(records, source.config.max_samples)
 
 
-def check_file(path: str, setting: str, suffixes: set[str] | None = None) -> Path:
-    """The file, if it is there, is not empty, and is of a kind that can be read."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+# ---- finding
+
+
+def _check_file(path: str, setting: str) -> None:
+    """Raises UserError unless there is a file that can be read."""
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such data file; check {setting} (now in {Path.cwd()})")
-    if kind_of(path) not in (suffixes or READERS):
-        raise UserError(f"{path}: unknown suffix {file.suffix!r}; readable: {readable()}")
-    if file.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty; give a file with at least one sample")
-    return file
+    _check(path, os.path.getsize(path), setting)
 
 
-def readable() -> str:
-    """All suffixes, for messages."""
-    return f"{', '.join(READERS)}, each also with {' or '.join(COMPRESSIONS)} behind it"
+def _check(name: str, size: int | None, setting: str) -> None:
+    """Raises UserError for a file of an unknown kind, or without content."""
+    if kind_of(name) not in READERS:
+        suffix = "".join(Path(name).suffixes[-2:])
+        raise UserError(f"{name}: unknown suffix {suffix!r}; let {setting} name files of these: {readable()}")
+    if size == 0:
+        raise UserError(f"{name}: the file is empty; let {setting} name files with at least one record")
 
 
 def _files(path: str, setting: str) -> tuple[str, ...]:
-    place = Path(path).expanduser()
-    if place.is_dir():
-        inside = [file for file in sorted(place.rglob("*")) if file.is_file()]
-        visible = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(place).parts)]
-        found = [file for file in visible if kind_of(file.name) in READERS and file.name != "dataset_info.json"]
+    if os.path.isdir(path):
+        found = _in_folder(path)
         if not found:
-            raise UserError(f"{path}: a folder without data files; give {setting} one with any of {readable()}")
-    elif any(sign in path for sign in "*?[") and not place.exists():
-        anchor = Path(place.anchor) if place.is_absolute() else Path()
-        found = sorted(file for file in anchor.glob(str(place.relative_to(place.anchor))) if file.is_file())
+            raise UserError(f"{path}: a folder without data files; let {setting} name one with any of {readable()}")
+    elif any(sign in path for sign in "*?[") and not os.path.exists(path):
+        found = sorted(file for file in glob(path, recursive=True) if os.path.isfile(file))
         if not found:
             raise UserError(f"{path}: no file matches; check {setting} (now in {Path.cwd()})")
     else:
-        check_file(path, setting)
-        return (path,)
+        found = [path]
     for file in found:
-        check_file(str(file), setting)
-    return tuple(map(str, found))
+        _check_file(file, setting)
+    return tuple(found)
+
+
+def _in_folder(path: str) -> list[str]:
+    """The files in a folder and below it that can be read."""
+    folder = Path(path)
+    visible = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts) and file.is_file()
+    ]
+    written_by_datasets = any(file.suffix == ".arrow" for file in visible)
+    skipped = (DATASET_INFO, *(DATASETS_OWN if written_by_datasets else ()))
+    return [str(file) for file in visible if kind_of(file.name) in READERS and file.name not in skipped]
 
 
 def _urls(path: str, setting: str) -> tuple[str, ...]:
     import fsspec
 
-    protocol = path.partition("://")[0]
+    protocol = path.partition("://")[0].rpartition("::")[2]
     package = PACKAGES.get(protocol)
     if package and not find_spec(package):
         raise UserError(
-            f"{path}: {protocol}:// is read through {package}, which is not installed; pip install {package}"
+            f"{path}: {protocol}:// needs a package: pip install {package}, or let {setting} name a local copy"
         )
     try:
         filesystem, inside = fsspec.core.url_to_fs(path)
-        if any(sign in inside for sign in "*?["):
-            found = sorted(filesystem.glob(inside))
-        elif filesystem.isdir(inside):
-            found = sorted(file for file in filesystem.find(inside) if kind_of(file) in READERS)
+        if any(sign in inside for sign in ("*[" if protocol in ("http", "https") else "*?[")):
+            found = filesystem.glob(inside, detail=True)
         else:
-            found = [inside] if filesystem.exists(inside) else []
+            found = {inside: filesystem.info(inside)}
+            if found[inside]["type"] == "directory":
+                below = filesystem.find(inside, detail=True)
+                found = {file: facts for file, facts in below.items() if kind_of(file) in READERS}
+    except FileNotFoundError:
+        found = {}
     except Exception as error:  # every protocol's package raises types of its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{path}: cannot be reached: {reason}; check {setting}, the network and your credentials"
-        ) from error
-    if not found:
-        raise UserError(f"{path}: nothing there; check {setting}")
-    for file in found:
-        if kind_of(file) not in READERS:
-            raise UserError(f"{file}: unknown suffix; readable: {readable()}")
-    return tuple(filesystem.unstrip_protocol(file) for file in found)
+        remedy = f"check {setting}, the network and your credentials"
+        raise UserError(f"{path}: cannot be reached: {reason(error)}; {remedy}") from error
+    files = {file: facts.get("size") for file, facts in sorted(found.items()) if facts["type"] == "file"}
+    if not files:
+        raise UserError(f"{path}: no data file there; check {setting}")
+    names = {file: path if file == inside else filesystem.unstrip_protocol(file) for file in files}
+    for file, size in files.items():
+        _check(names[file], size, setting)
+    return tuple(names.values())
+
+
+def _hub(config: SetConfig, setting: str) -> Source:
+    if not HUB_NAME.fullmatch(config.path):
+        raise UserError(f"{config.path}: no name of a hub data set; write hub:owner/name in {setting}")
+    if not find_spec("datasets"):
+        raise UserError(f"{config.path}: {setting} names a hub data set, which needs a package: pip install datasets")
+    return Source(config.path, config)
+
+
+# ---- reading
 
 
 def _of_file(file: str, config: SetConfig, report: Report) -> Iterator[tuple[Record, Place]]:
-    seen = False
+    empty = True
 
     def tell(error: UserError, raw: str | None = None) -> None:
-        nonlocal seen
-        seen = True
+        nonlocal empty
+        empty = False
         report(error, raw)
 
     for record, line in read_file(file, config, tell):
-        seen = True
+        empty = False
         yield record, Place(file, line)
-    if not seen:
-        report(UserError(f"{file}: no records; give a file with at least one sample"), None)
+    if empty:
+        raise UserError(f"{file}: no records: give a file with at least one")
 
 
 def _demo(source: Source) -> Iterator[tuple[Record, Place]]:
@@ -159,15 +215,17 @@ def _demo(source: Source) -> Iterator[tuple[Record, Place]]:
 def _of_hub(source: Source) -> Iterator[tuple[Record, Place]]:
     import datasets
 
-    name, config = source.name.removeprefix("hub:"), source.config
+    path, config = source.config.path, source.config
+    number = 0
     try:
-        records: Any = datasets.load_dataset(name, config.subset, split=config.split, streaming=True)
-        for number, record in enumerate(records, start=1):
-            yield record, Place(source.name, number)
+        found: Any = datasets.load_dataset(path.removeprefix("hub:"), config.subset, split=config.split, streaming=True)
+        # Media stay encoded, as in files: their decoders are packages of their own.
+        for record in found.decode(False):
+            number += 1
+            yield record, Place(path, number)
     except Exception as error:  # the hub and its libraries raise types of their own
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{source.name}: the hub does not give it: {reason}; check the name, data.subset and data.split"
-        ) from error
+        behind = f" behind record {number}" if number else ""
+        remedy = "check the name, data.subset, data.split, the network and your token (hf auth login)"
+        raise UserError(f"{path}: cannot be read{behind}: {reason(error)}: {remedy}") from error
+    if not number:
+        raise UserError(f"{path}: no records: check data.subset and data.split")

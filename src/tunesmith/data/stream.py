@@ -178,10 +178,12 @@ def open_stream(run: RunConfig, renderer: Renderer) -> tuple[StreamDataset, Samp
     """The data set, the samples of its first window, and held-out samples: of data.eval_path, or from the first window."""
     config = run.data
     sources = [source for part in config.all_sets() for source in find_sources(part)]
+    given = eval_sources(config)
+    held_out = load_sources(given, config, renderer) if given else None
     windows = Windows(config, renderer, sources)
     first = windows(0)
-    given = eval_sources(config)
-    held_out = load_sources(given, config, renderer) if given else first.select(held_out_side(first, config))
+    if held_out is None:
+        held_out = first.select(held_out_side(first, config))
     facts = json.dumps([first.fingerprint(), config.model_dump(mode="json")])
     key = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
     index = cache_folder() / "streams" / f"{key}.json"

@@ -14,48 +14,24 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.habits import Habits, Refused, Tools
 from tunesmith.data.spelling import Dicts, Spelling, as_dicts, has_all_calls, thought_and_words, unwrap, wrap
-from tunesmith.types import Message, ToolCall
+from tunesmith.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-Tools = list[dict[str, Any]] | None
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FIRST_PLACEHOLDER = 0x108000  # in the last private plane of Unicode, above the sentinels
 THINKS = re.compile(r"</?\w*:?think")
 PLACEHOLDER = re.compile("[\U00108000-\U0010fffd]")
-A, B = chr(FIRST_PLACEHOLDER), chr(FIRST_PLACEHOLDER + 1)
-ASKED, ANSWERED = Message("user", "a"), Message("assistant", A)
-PROBED_TOOLS: Tools = [
-    {
-        "type": "function",
-        "function": {
-            "name": "f",
-            "description": "f",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"type": "string", "description": "a"}},
-                "required": ["a"],
-            },
-        },
-    }
-]
-
-
-class Refused(ValueError):
-    """The template cannot render a conversation, or the place of a turn cannot be found in it."""
-
-    def __init__(self, reason: str, remedy: str, turn: int | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.remedy, self.turn = reason, remedy, turn
 
 
 @dataclass(frozen=True)
@@ -113,14 +89,14 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], turns: Iterable[int]) -> Rendered:
         """The conversation, and where the wanted turns stand in it."""
-        dicts, given, wanted = self.dicts(messages), list(tools) or self._no_tools, sorted(turns)
+        dicts, given, wanted = self.dicts(messages), list(tools) or self.habits.no_tools, sorted(turns)
         if GENERATION_MARK.search(self.source(given)):
             text, spans = self._by_marks(messages, dicts, given, wanted)
             return self._checked(messages, text, spans)
         text = self.text(dicts, given)
         if not wanted:
             return Rendered(text, {})
-        if not given and all(_is_plain(message) for message in messages):
+        if not given and all(self._is_plain(message) for message in messages):
             found = self._by_shape(tuple(m.role for m in messages), [str(m.content) for m in messages], text)
             if found is not None and found.keys() >= set(wanted):
                 return Rendered(text, {turn: found[turn] for turn in wanted})
@@ -135,23 +111,18 @@ class ChatTemplate:
         return "strftime_now" in str(self.tokenizer.chat_template)
 
     @cached_property
-    def ends_answers(self) -> bool:
-        """Whether a special token ends the last answer: without it, the model does not learn where to stop."""
-        return self._last_special(self._tails[0]) is not None
-
-    @cached_property
-    def renders_reasoning(self) -> bool:
-        """Whether the reasoning of a conversation's last answer comes out at all."""
-        return self._reads_reasoning or self._reads_thought_in_content
+    def habits(self) -> Habits:
+        """What this template does."""
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return Habits(self.text, "think>" in str(self.tokenizer.chat_template), special)
 
     def dicts(self, messages: Sequence[Message]) -> Dicts:
         """Messages as this template reads them."""
         spelling = Spelling()
         if any(message.tool_calls for message in messages):
-            spelling = self._spelling_of_calls
-        if any(message.reasoning for message in messages) and not self._reads_reasoning:
-            inline = self._reads_thought_in_content
-            spelling = Spelling(spelling.arguments_as_text, spelling.no_content_beside_calls, inline)
+            spelling = self.habits.spelling_of_calls
+        if any(message.reasoning for message in messages):
+            spelling = replace(spelling, thought_in_content=self.habits.reads_thought_in_content)
         return as_dicts(messages, spelling)
 
     def _jinja(self, messages: Dicts, tools: Tools, **options: Any) -> Any:
@@ -199,6 +170,14 @@ class ChatTemplate:
             self._slowly(dicts, tools, text, others) if others else {}
         )
 
+    def _is_plain(self, message: Message) -> bool:
+        """Nothing but words, of which none can belong to the prompt."""
+        return (
+            isinstance(message.content, str)
+            and not (message.reasoning or message.tool_calls or message.role == "tool")
+            and not (self.habits.mentions_thinking and "<think>" in message.content)
+        )
+
     def _by_shape(self, roles: tuple[str, ...], contents: list[str], text: str) -> dict[int, Span] | None:
         if roles not in self._shapes:
             self._shapes[roles] = self._learn_shape(roles)
@@ -210,16 +189,16 @@ class ChatTemplate:
         placeholders = [chr(FIRST_PLACEHOLDER + turn) for turn in range(len(roles))]
         messages = [Message(role, content) for role, content in zip(roles, placeholders, strict=True)]
         dicts = self.dicts(messages)
-        text = self.text(dicts, self._no_tools)
+        text = self.text(dicts, self.habits.no_tools)
         if PLACEHOLDER.findall(text) != placeholders:
             return None
         at = [text.index(placeholder) for placeholder in placeholders]
         gaps = [text[start + 1 : stop] for start, stop in pairwise([-1, *at, len(text)])]
-        around = {}
+        around: dict[int, Span] = {}
         for of_assistant in (True, False):
             wanted = [turn for turn, role in enumerate(roles) if (role == "assistant") == of_assistant]
             with suppress(Refused):
-                spans = self._slowly(dicts, self._no_tools, text, wanted)
+                spans = self._slowly(dicts, self.habits.no_tools, text, wanted)
                 around |= {turn: (at[turn] - start, stop - at[turn] - 1) for turn, (start, stop) in spans.items()}
         return _Shape(gaps, around)
 
@@ -233,7 +212,7 @@ class ChatTemplate:
         )
         spans = self._by_sentinels(dicts, tools, text, others, unstable) if others else {}
         try:
-            if self._appends_to_the_end:
+            if self.habits.appends_to_the_end:
                 raise unstable
             return spans | self._by_prefixes(dicts, tools, text, answers)
         except Refused as reason:
@@ -247,7 +226,7 @@ class ChatTemplate:
             for prefix in (before, after):
                 if not text.startswith(prefix):
                     raise Refused(*_unstable(prefix, text, turn))
-            spans[turn] = (len(before), len(before) + len(self._own(text[len(before) : len(after)])))
+            spans[turn] = (len(before), len(before) + len(self.habits.own(text[len(before) : len(after)])))
         return spans
 
     def _by_sentinels(
@@ -263,7 +242,7 @@ class ChatTemplate:
         spans = {}
         for turn in wanted:
             if turn not in found:
-                raise _left_out("tool calls" if dicts[turn].get("tool_calls") else "this turn", turn)
+                raise left_out("tool calls" if dicts[turn].get("tool_calls") else "what this turn says", turn)
             first, last = found[turn]
             earlier = [found[n][1] for n in found if n < turn and dicts[n]["role"] != "system"]
             later = [found[n][0] for n in found if n > turn]
@@ -271,7 +250,7 @@ class ChatTemplate:
             if not low <= first <= last <= high:  # the template moves turns
                 raise unstable
             if dicts[turn]["role"] != "assistant":
-                end = self._own(self._tails[0])
+                end = self.habits.own(self.habits.tails[0])
                 spans[turn] = first, last + (len(end) if text.startswith(end, last) else 0)
             else:
                 start = self._start(dicts, tools, text, turn, (low, first))
@@ -281,10 +260,13 @@ class ChatTemplate:
                 spans[turn] = start, last + stop
         return spans
 
-    def _unwrapped(self, dicts: Dicts, tools: Tools, wrapped: Iterable[int]) -> tuple[str | None, dict[int, Span]]:
+    def _unwrapped(
+        self, dicts: Dicts, tools: Tools, wrapped: Iterable[int], prompt: bool = False
+    ) -> tuple[str | None, dict[int, Span]]:
         chosen = set(wrapped)
         try:
-            return unwrap(self.text([wrap(turn, n) if n in chosen else turn for n, turn in enumerate(dicts)], tools))
+            given = [wrap(turn, n) if n in chosen else turn for n, turn in enumerate(dicts)]
+            return unwrap(self.text(given, tools, prompt))
         except Refused:  # sentinels can be taken amiss
             return None, {}
 
@@ -297,12 +279,14 @@ class ChatTemplate:
             before = prompt = ""
         if prompt and text.startswith(prompt) and low <= len(prompt) <= first:
             return len(prompt)
+        asked, found = self._unwrapped(dicts[:turn], tools, [turn - 1], prompt=True)
+        if asked is not None and turn - 1 in found:
+            tail = asked[found[turn - 1][1] :]
+            if tail and text.startswith(tail, low) and low + len(tail) <= first:
+                return low + len(tail)
         header = prompt[len(before) :] if prompt.startswith(before) else ""
-        for begun in (
-            header,
-            THINKS.split(header)[0],
-            header[: header.find("\n") + 1],
-        ):  # without <think>; the role's line
+        without_thinking, role = THINKS.split(header)[0], header[: header.find("\n") + 1]
+        for begun in (header, without_thinking, role):
             at = text.rfind(begun, low, first) if begun else -1
             if at >= 0:
                 return at + len(begun)
@@ -313,87 +297,13 @@ class ChatTemplate:
         unwrapped, found = self._unwrapped(dicts[: turn + 1], tools, [turn])
         if unwrapped is None or turn not in found:
             return None
-        own = self._own(unwrapped[found[turn][1] :])
-        if gap.startswith(own):
+        own = self.habits.own(unwrapped[found[turn][1] :])
+        if gap.startswith(own) and (own or not dicts[turn].get("tool_calls")):  # the arguments stand behind the name
             return len(own)
-        end = self._last_special(own)
+        end = self.habits.last_special(own)
         if end is not None and end in gap:
             return gap.index(end) + len(end)
         return None if dicts[turn].get("tool_calls") else 0
-
-    def _own(self, tail: str) -> str:
-        """Of a text that ends with a conversation's last answer, what the model writes: the end of the turn is the last."""
-        if self._appends_to_the_end and self._special:
-            token = self._special.search(tail)
-            if token is None:
-                return tail
-            begins_a_turn = self._header.startswith(token.group())
-            return tail[: token.start() if begins_a_turn else token.end()]
-        end = self._last_special(tail)
-        return tail if end is None else tail.rstrip()  # generation stops before white space behind the token
-
-    @cached_property
-    def _special(self) -> re.Pattern[str] | None:
-        names = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
-
-    def _last_special(self, tail: str) -> str | None:
-        """The special token with which the text ends, but for white space."""
-        stripped = tail.rstrip()
-        tokens = self._special.findall(tail) if self._special else []
-        return tokens[-1] if tokens and stripped.endswith(tokens[-1]) else None
-
-    @cached_property
-    def _header(self) -> str:
-        """What begins an answer."""
-        before, prompt = (self._probed([ASKED], prompt=prompt) for prompt in (False, True))
-        return prompt[len(before) :] if prompt.startswith(before) else ""
-
-    @cached_property
-    def _tails(self) -> tuple[str, ...]:
-        """What stands behind an answer at the end of a conversation, and behind one that another question follows."""
-        return tuple(self._probed([ASKED, ANSWERED, *more]).partition(A)[2] for more in ([], [ASKED]))
-
-    @cached_property
-    def _appends_to_the_end(self) -> bool:
-        """Whether the template ends every conversation with words that are not the answer's, as the next one's beginning."""
-        last, inner = (tail.rstrip() for tail in self._tails)
-        return bool(inner) and not inner.startswith(last) and last != self._last_special(last)
-
-    def _probed(self, messages: Sequence[Message], spelling: Spelling = Spelling(), prompt: bool = False) -> str:
-        """Empty where the template refuses the messages, without tools and with them."""
-        for tools in (self._no_tools, PROBED_TOOLS):
-            with suppress(Refused):
-                return self.text(as_dicts(messages, spelling), tools, prompt)
-        return ""
-
-    @cached_property
-    def _no_tools(self) -> Tools:
-        """An empty list where the template takes nothing else for no tools."""
-        for tools in (None, []):
-            with suppress(Refused):
-                self.text(as_dicts([ASKED, ANSWERED]), tools)
-                return tools
-        return None
-
-    @cached_property
-    def _spelling_of_calls(self) -> Spelling:
-        turn = Message("assistant", tool_calls=(ToolCall(A, {"a": B}),))
-        for no_content, as_text in product((False, True), repeat=2):
-            text = self._probed([ASKED, turn], spelling := Spelling(as_text, no_content))
-            if A in text and B in text:
-                return spelling
-        return Spelling()
-
-    @cached_property
-    def _reads_reasoning(self) -> bool:
-        return A in self._probed([ASKED, Message("assistant", "a", reasoning=A)])
-
-    @cached_property
-    def _reads_thought_in_content(self) -> bool:
-        knows = "think>" in str(self.tokenizer.chat_template)
-        turn = Message("assistant", "a", reasoning=A)
-        return knows and A in self._probed([ASKED, turn], Spelling(thought_in_content=True))
 
     def _checked(self, messages: Sequence[Message], text: str, spans: dict[int, Span]) -> Rendered:
         """The template may have left words out. Raises where these are of a tool call."""
@@ -405,18 +315,16 @@ class ChatTemplate:
             if words.strip() not in own and "".join(words.split()) not in "".join(own.split()):
                 without_words.add(turn)
             if not has_all_calls(messages[turn], own):
-                raise _left_out("tool calls", turn)
+                raise left_out("tool calls", turn)
         return Rendered(text, spans, frozenset(without_reasoning), frozenset(without_words))
 
 
-def _is_plain(message: Message) -> bool:
-    return isinstance(message.content, str) and not (message.reasoning or message.tool_calls or message.role == "tool")
-
-
-def _left_out(what: str, turn: int) -> Refused:
+def left_out(what: str, turn: int) -> Refused:
     return Refused(
         f"the model's chat template leaves {what} out",
-        "set model.chat_template to a template that renders it, or remove it from the record",
+        "set model.chat_template to a template that knows them, or remove the record"
+        if what == "tool calls"
+        else "set data.learn to each, or model.chat_template to a template that keeps it",
         turn,
     )
 
@@ -427,6 +335,6 @@ def _unstable(prefix: str, text: str, turn: int) -> tuple[str, str, int]:
     return (
         "the model's chat template renders the beginning of a conversation otherwise than the same turns inside it, so "
         f"the loss cannot be placed: {prefix[start : same + 20]!r} became {text[start : same + 20]!r}",
-        "use single-turn records, or a template with {% generation %} marks",
+        "set data.learn to each, or model.chat_template to a template with {% generation %} marks",
         turn,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,9 @@ from typing import Any
 from tunesmith.data.sources import Source, read_records
 from tunesmith.errors import DataError, UserError
 from tunesmith.inspect.tally import Tally
+from tunesmith.types import Place
 
 ROLE_KEYS = ("role", "from")
-
-
-Key = tuple[str, int, bool]
-"""File, line (or record number), and whether no record could be read from there."""
 
 
 @dataclass
@@ -31,7 +27,7 @@ class Errors:
     """Remember why each bad record is bad, for the quarantine."""
     shown: list[UserError] = field(default_factory=list)
     number: int = 0
-    bad: dict[Key, str] = field(default_factory=dict)
+    bad: dict[Place, str] = field(default_factory=dict)
     """Bad records, and what is wrong with each."""
 
     def add(self, error: UserError, tally: Tally) -> bool:
@@ -39,40 +35,29 @@ class Errors:
         self.number += 1
         if len(self.shown) < self.limit:
             self.shown.append(error)
-        key = key_of(error)
-        if key is None or key in self.bad:
+        if not isinstance(error, DataError) or error.place in self.bad:
             return False
-        self.bad[key] = _reason(error) if self.keep_reasons else ""
+        self.bad[error.place] = _reason(error) if self.keep_reasons else ""
         tally.bad += 1
-        if isinstance(error, DataError):
-            tally.role_errors += error.path[-1:] in [(name,) for name in ROLE_KEYS] or "without role" in error.what
+        tally.role_errors += error.path[-1:] in [(name,) for name in ROLE_KEYS] or "without role" in error.what
         return True
 
     def sort(self, start: int) -> None:
         """Put errors from number `start` on in the order of the lines: some are found only when a record is rendered."""
-        self.shown[start:] = sorted(self.shown[start:], key=lambda error: key_of(error) or ("", 0, False))
+        self.shown[start:] = sorted(self.shown[start:], key=_where)
 
 
-PLACE = re.compile(r"(.+?):(\d+)(?::\d+)?: ")
+def _where(error: UserError) -> tuple[str, int]:
+    return (error.place.file, error.place.line) if isinstance(error, DataError) else ("", 0)
 
 
-def key_of(error: UserError) -> Key | None:
-    """The record that an error is about; None for a file as a whole."""
-    if isinstance(error, DataError):
-        return error.place.file, error.place.line, False
-    match = PLACE.match(str(error))
-    return (match[1], int(match[2]), True) if match else None
-
-
-def _reason(error: UserError) -> str:
+def _reason(error: DataError) -> str:
     """The message without file and line, which stand beside it; so nothing is looked up in the file."""
-    if not isinstance(error, DataError):
-        return PLACE.sub("", str(error), count=1)
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path).lstrip(".")
     return f"{path and path + ': '}{error.what}: {error.remedy}"
 
 
-def write_quarantine(file: Path, sources: list[Source], bad: dict[Key, str]) -> int:
+def write_quarantine(file: Path, sources: list[Source], bad: dict[Place, str]) -> int:
     """Copy the bad records, in the order of the files, into a .jsonl; returns how many. Nothing is written if none is bad.
 
     The data is read once more: so no record has to be held in memory, and what is no JSON is copied as it stands.
@@ -84,8 +69,8 @@ def write_quarantine(file: Path, sources: list[Source], bad: dict[Key, str]) -> 
         with aside.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             number = 0
             for source in sources:
-                for key, record in _bad_records(source, bad):
-                    line = {"error": bad[key], "file": key[0], "line": key[1], "record": record}
+                for place, record in _bad_records(source, bad):
+                    line = {"error": bad[place], "file": place.file, "line": place.line, "record": record}
                     stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                     number += 1
             stream.flush()
@@ -97,20 +82,18 @@ def write_quarantine(file: Path, sources: list[Source], bad: dict[Key, str]) -> 
     return number
 
 
-def _bad_records(source: Source, bad: dict[Key, str]) -> Iterator[tuple[Key, Any]]:
+def _bad_records(source: Source, bad: dict[Place, str]) -> Iterator[tuple[Place, Any]]:
     """Bad records of a data set: as JSON, or as text where they are none."""
-    unread: list[tuple[Key, Any]] = []
+    unread: list[tuple[Place, Any]] = []
 
     def note(error: UserError, raw: str | None) -> None:
-        key = key_of(error)
-        if key in bad:
-            unread.append((key, raw))
+        if isinstance(error, DataError) and error.place in bad:
+            unread.append((error.place, raw))
 
     with contextlib.suppress(UserError):  # named already when the data was read before
         for record, place in read_records(source, note):
             yield from unread
             unread.clear()
-            key = (place.file, place.line, False)
-            if key in bad:
-                yield key, record
+            if place in bad:
+                yield place, record
     yield from unread

@@ -20,12 +20,23 @@ from tunesmith.inspect.bad_records import Errors, write_quarantine
 from tunesmith.inspect.histogram import histogram, write_png
 from tunesmith.inspect.overlap import Pair, near_duplicates, same_prompts
 from tunesmith.inspect.tally import MeasuringEncoder, Tally
-from tunesmith.inspect.words import NUM_HASHES
 from tunesmith.run import build_renderer
 from tunesmith.types import Place
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
+
+PAIRS = 3
+"""So many pairs of a held-out and a training record are named."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Held-out records that are alike to one that is trained on."""
+
+    number: int
+    first: list[tuple[Place, Place, float]]
+    """The likest: held-out record, training record, similarity."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +48,10 @@ class Findings:
     errors: Errors
     held_out: int
     """Records that are held out."""
-    prompts: list[Pair]
+    prompts: Overlap
     """Held-out records whose prompt is also trained on."""
-    near: list[Pair]
+    near: Overlap
     """Held-out records that are much like one that is trained on."""
-    places: tuple[list[Place], list[Place]]
-    """Of (held-out, training) record of each of `prompts` and then of `near`."""
 
 
 def check(config: RunConfig, limit: int = 50, quarantine: Path | None = None, png: Path | None = None) -> Findings:
@@ -115,39 +124,52 @@ def _nothing_left(tally: Tally) -> UserError:
     return UserError(f"{tally.name}: nothing to learn from in {tally.rows} records{why}")
 
 
+@dataclass(frozen=True)
+class _Side:
+    """The records that are held out, or those that are trained on: of each data set those whose flag is true."""
+
+    tallies: list[Tally]
+    flags: list[np.ndarray]
+
+    def prompts(self) -> np.ndarray:
+        parts = zip(self.tallies, self.flags, strict=True)
+        return np.concatenate([np.frombuffer(tally.prompts, np.uint64)[flags] for tally, flags in parts])
+
+    def signatures(self) -> np.ndarray:
+        parts = [tally.signatures_of(flags) for tally, flags in zip(self.tallies, self.flags, strict=True)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def place(self, record: int) -> Place:
+        for tally, flags in zip(self.tallies, self.flags, strict=True):
+            number = int(flags.sum())
+            if record < number:
+                return tally.place(int(np.flatnonzero(flags)[record]))
+            record -= number
+        raise IndexError(record)
+
+
 def _compare(config: RunConfig, tallies: list[Tally], errors: Errors) -> Findings:
     """Find what held-out and training data share."""
-    sides: list[list[tuple[Tally, np.ndarray]]] = [[], []]
     limit = np.uint64(min(int(config.data.eval_fraction * 2**64), 2**64 - 1))
     apart = any(tally.held_out for tally in tallies)
+    flags = []
     for tally in tallies:
         content = np.frombuffer(tally.content, np.uint64)
-        mine = np.full(len(content), tally.held_out) if apart else content < limit
-        sides[0].append((tally, np.flatnonzero(mine)))
-        sides[1].append((tally, np.flatnonzero(~mine)))
-    held_out, train = sides
-    prompts = same_prompts(_prompts(held_out), _prompts(train))
-    near = near_duplicates(_signatures(held_out), _signatures(train))
-    pairs = [*prompts, *near]
-    places = (
-        [_place(held_out, pair.held_out) for pair in pairs],
-        [_place(train, pair.train) for pair in pairs],
+        flags.append(np.full(len(content), tally.held_out) if apart else content < limit)
+    held_out, train = _Side(tallies, flags), _Side(tallies, [~held for held in flags])
+    found = (
+        same_prompts(held_out.prompts(), train.prompts()),
+        near_duplicates(held_out.signatures(), train.signatures()),
     )
-    return Findings(config, tallies, errors, sum(len(chosen) for _, chosen in held_out), prompts, near, places)
+    prompts, near = (
+        Overlap(
+            len(pairs),
+            [(held_out.place(p.held_out), train.place(p.train), p.similarity) for p in _likest(pairs)],
+        )
+        for pairs in found
+    )
+    return Findings(config, tallies, errors, sum(int(held.sum()) for held in flags), prompts, near)
 
 
-def _prompts(side: list[tuple[Tally, np.ndarray]]) -> np.ndarray:
-    return np.concatenate([np.frombuffer(tally.prompts, np.uint64)[chosen] for tally, chosen in side])
-
-
-def _signatures(side: list[tuple[Tally, np.ndarray]]) -> np.ndarray:
-    parts = [tally.all_signatures()[chosen] for tally, chosen in side if tally.compare]
-    return np.concatenate([np.zeros((0, NUM_HASHES), np.uint32), *parts])
-
-
-def _place(side: list[tuple[Tally, np.ndarray]], record: int) -> Place:
-    for tally, chosen in side:
-        if record < len(chosen):
-            return tally.place(int(chosen[record]))
-        record -= len(chosen)
-    raise IndexError(record)
+def _likest(pairs: list[Pair]) -> list[Pair]:
+    return sorted(pairs, key=lambda pair: -pair.similarity)[:PAIRS]

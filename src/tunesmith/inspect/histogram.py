@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from rich.text import Text
 
+from tunesmith.errors import UserError
+
 BARS = " ▏▎▍▌▋▊▉█"
 WIDTH = 48
 """Characters of the longest bar."""
@@ -74,7 +76,7 @@ def _bar(share: float) -> str:
 
 
 def write_png(shape: Histogram, names: Sequence[str], file: Path) -> None:
-    """The same as a picture."""
+    """The same as a picture. Raises UserError."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -99,5 +101,9 @@ def write_png(shape: Histogram, names: Sequence[str], file: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     aside = file.with_name(f".{file.stem}.writing.png")
-    figure.savefig(aside, dpi=120)
-    aside.replace(file)
+    try:
+        figure.savefig(aside, dpi=120)
+        aside.replace(file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{file}: could not be written: {error}") from error

@@ -20,8 +20,6 @@ from tunesmith.inspect.words import scripts
 if TYPE_CHECKING:
     from tunesmith.inspect.check import Findings
 
-PAIRS = 3
-"""So many pairs of a held-out and a training record are named."""
 SCRIPTS, LEAST_SHARE = 5, 0.005
 """So many scripts are named, if they have this share of some data set; the rest is `other`."""
 COLUMN, NAME = 10, 20
@@ -169,18 +167,16 @@ def _overlap(console: Console, findings: Findings) -> None:
     if any(tally.held_out for tally in findings.tallies):
         whence = "records of data.eval_path" if data.eval_path else "records"
     _say(console, Text.assemble(("Held out: ", "bold"), f"{findings.held_out:,} {whence}"))
-    pairs = list(zip([*findings.prompts, *findings.near], *findings.places, strict=True))
-    first_near = len(findings.prompts)
-    for what, part in (
-        ("whose prompt is also trained on", pairs[:first_near]),
-        ("that are nearly the same as one that is trained on", pairs[first_near:]),
+    for what, found in (
+        ("whose prompt is also trained on", findings.prompts),
+        ("that are nearly the same as one that is trained on", findings.near),
     ):
-        _say(console, Text(f"  {len(part):,} {what}", "yellow" if part else ""))
-        for pair, mine, theirs in sorted(part, key=lambda found: -found[0].similarity)[:PAIRS]:
-            alike = f" ({pair.similarity:.0%} of the 5-word sequences are the same)" if pair in findings.near else ""
-            _say(console, Text(f"    {mine} ~ {theirs}{alike}", "dim"))
-        if len(part) > PAIRS:
-            _say(console, Text(f"    … and {len(part) - PAIRS:,} more", "dim"))
+        _say(console, Text(f"  {found.number:,} {what}", "yellow" if found.number else ""))
+        for held_out, train, similarity in found.first:
+            alike = f" ({similarity:.0%} of the 5-word sequences are the same)" if found is findings.near else ""
+            _say(console, Text(f"    {held_out} ~ {train}{alike}", "dim"))
+        if found.number > len(found.first):
+            _say(console, Text(f"    … and {found.number - len(found.first):,} more", "dim"))
     console.print()
 
 
@@ -198,8 +194,8 @@ def next_step(findings: Findings, quarantine: Path | None) -> str:
     if (counts.truncated or counts.dropped) and data.truncation != "split" and lengths.max() > data.max_tokens:
         most = int(np.percentile(lengths, 99, method="inverted_cdf"))
         return f"data.max_tokens={lengths.max()} would cut nothing; 99 % of the samples have {most} tokens or fewer"
-    if findings.prompts or findings.near:
-        return "the held-out loss will flatter: take what is shared out of one of the two"
+    if findings.prompts.number or findings.near.number:
+        return "the held-out loss will flatter: take the records that both sides share out of one of them"
     return "nothing to mend; see what the model will get with tunesmith data show, or start with tunesmith train"
 
 

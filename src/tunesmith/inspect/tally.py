@@ -88,9 +88,15 @@ class Tally:
         """The record that an example comes from."""
         return Place(list(self.files)[self.file[example]], self.line[example])
 
-    def all_signatures(self) -> np.ndarray:
-        """uint32 [examples, NUM_HASHES]."""
-        return np.concatenate([np.zeros((0, NUM_HASHES), np.uint32), *self.signatures])
+    def signatures_of(self, wanted: np.ndarray) -> np.ndarray:
+        """uint32 [wanted, NUM_HASHES] of the examples whose flag (bool [examples]) is true."""
+        found = np.zeros((int(wanted.sum()) if self.compare else 0, NUM_HASHES), np.uint32)
+        seen = filled = 0
+        for chunk in self.signatures:  # one by one: all of them twice would be what needs the most memory here
+            chosen = chunk[wanted[seen : seen + len(chunk)]]
+            found[filled : filled + len(chosen)] = chosen
+            seen, filled = seen + len(chunk), filled + len(chosen)
+        return found
 
     def _add(self, example: Example) -> None:
         self.content.append(content_hash(example))

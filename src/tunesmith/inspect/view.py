@@ -93,7 +93,7 @@ def rows_of(batch: Batch, samples: Samples, pieces: Pieces, rest: Rest) -> list[
                     number, sample, place, ("chosen", "rejected")[side] if samples.group_size == 2 else "",
                     _tokens(ids.tolist(), pieces(ids.tolist()), positions, weights.tolist(), pieces),
                     _tokens(before.ids, texts[:start], range(-start, 0), before.weights, pieces),
-                    _tokens(after.ids, texts[stop:], range(len(ids), len(whole)), after.weights, pieces),
+                    _tokens(after.ids, texts[stop:], range(len(ids), len(ids) + len(after.ids)), after.weights, pieces),
                 )
             )  # fmt: skip
         rows.append(Row(r, strands, int((sequence_T < 0).sum())))

@@ -67,6 +67,8 @@ def signatures(codes: np.ndarray, starts: np.ndarray) -> np.ndarray:
     A text of fewer words than five is one gram. One without any word has a row of zeros, which `similar` never matches.
     """
     found = np.zeros((len(starts), NUM_HASHES), np.uint32)
+    if not len(starts):
+        return found
     words, first_word = _words(codes, starts)
     grams, first_gram = _grams(words, first_word)
     filled = np.flatnonzero(np.diff([*first_gram, len(grams)]))

@@ -95,15 +95,6 @@ def test_reading_goes_on_after_bad_records_and_the_first_good_one_says_the_form(
     assert [json.loads(raw or "") for _, raw in reported] == bad
 
 
-def test_half_a_surrogate_pair_is_reported_as_json(tmp_path: Path) -> None:
-    file = tmp_path / "x.jsonl"
-    file.write_text('{"text": "a\\ud83d"}\n')
-    (source,) = find_sources(SetConfig(path=str(file)))
-    reported: list[str | None] = []
-    assert list(read_examples(source, report=lambda error, raw: reported.append(raw))) == []
-    assert reported == ['{"text": "a\\ud83d"}']
-
-
 CHAT = {
     "messages": [
         {"role": "system", "content": "S"},
@@ -179,7 +170,6 @@ DIFFERENT = [
     with_answer(content=("A", Media("image", b"a"))),
     with_answer(content=("A", Media("image", b"b"))),
     replace(EXAMPLE, tools=({"a": 1},)),
-    replace(EXAMPLE, tools=({"a": "\ud83d"},)),
     replace(EXAMPLE, rejected=EXAMPLE),
     replace(EXAMPLE, rejected=Example(PLACE, pieces=(Piece("Q", learn=True),))),
     replace(EXAMPLE, desirable=True),

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.config import FormatName, SetConfig
+from tunesmith.config import SetConfig
+from tunesmith.config_data import FormatName
 from tunesmith.data.formats import FORMATS, check_format, find_format
 from tunesmith.errors import DataError, UserError
 from tunesmith.types import Example, Media, Message, Piece, Place, ToolCall

@@ -52,7 +52,7 @@ def find_format(config: SetConfig, record: Record, place: Place) -> Format:
             return candidate(config)
     what = "a record of no known form" if name == "auto" else f"a record that is not of the form {name}"
     wanted = "; or ".join(candidate.keys for candidate in candidates)
-    raise DataError(place, (), f"{what}, with the keys {_names(record)}", f"expected {wanted}; {_rename(record)}")
+    raise DataError(place, (), f"{what}, with the keys {_names(record)}", f"expected {wanted}; {_rename(record, name)}")
 
 
 def check_format(form: Format, record: Record, place: Place) -> None:
@@ -66,14 +66,16 @@ def _names(record: Record) -> str:
     return ", ".join(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…" for name in record) or "(none)"
 
 
-def _rename(record: Record) -> str:
+def _rename(record: Record, name: str) -> str:
     """How to say which column is which, with a misspelt key as the example."""
     if any(len(column) > LONGEST_NAME for column in record):
-        return "the first line of the file seems to be data: add a line that names the columns"
+        return "the first line of the file seems to be data: name its columns in data.header"
     for column in record:
         close = difflib.get_close_matches(column, KEYS, n=1, cutoff=0.75)
         if close and close[0] not in record:
             return f"did you mean {close[0]}? then set data.columns to {{{close[0]}: {column}}}"
+    if name != "auto":
+        return "say which column is which in data.columns, or set data.format to auto"
     asked, told = first_key(record, ASKED) or "question", first_key(record, REPLIES) or "reply"
     return f"say which column is which in data.columns, such as {{instruction: {asked}, output: {told}}}"
 

@@ -69,19 +69,7 @@ def text_of(value: Any, place: Place, path: ValuePath) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(place, path, f"expected text, found {type(value).__name__}", "write it as a string")
-    if not value.isascii():
-        check_characters(value, place, path)
     return value
-
-
-def check_characters(text: str, place: Place, path: ValuePath) -> None:
-    """Raises DataError for half of a surrogate pair: JSON can spell it, but it is no character and no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        what = f"character {error.start + 1} is half of a surrogate pair ({half})"
-        raise DataError(place, path, what, "write the whole pair, or remove it") from error
 
 
 def word_of(value: Any, place: Place, path: ValuePath) -> str:
@@ -99,7 +87,16 @@ def final_answer(text: str) -> str:
 def json_of(text: str, place: Place, path: ValuePath) -> Any:
     """What a string of JSON says."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        # A reader sees to the file's own JSON; this is JSON within it. Half a character is none, and no tokenizer takes it.
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(
+            place, path, f"half of a surrogate pair ({half})", "write the whole pair, or remove it"
+        ) from error
     except (ValueError, RecursionError) as error:
         where = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         what = f"not JSON: {getattr(error, 'msg', 'nested too deeply')}{where}"

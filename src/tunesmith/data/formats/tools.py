@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from tunesmith.data.formats.base import Record, check_characters, json_of, show
+from tunesmith.data.formats.base import Record, json_of, show
 from tunesmith.errors import DataError
 from tunesmith.errors import Path as ValuePath
 from tunesmith.types import Place, ToolCall
@@ -40,7 +39,6 @@ def read_call(value: Any, place: Place, path: ValuePath) -> ToolCall:
     if not isinstance(arguments, dict | None):
         what = f"expected the arguments by name, found {show(arguments)}"
         raise DataError(place, (*inner, "arguments"), what, 'write an object such as {"city": "Oslo"}')
-    check_characters(json.dumps(arguments, ensure_ascii=False, default=str), place, (*inner, "arguments"))
     call_id = value.get("id")
     return ToolCall(function["name"], arguments or {}, None if call_id is None else str(call_id))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.formats.base import CALL_ROLE, ROLES, Record, check_characters, hint, show, text_of
+from tunesmith.data.formats.base import CALL_ROLE, ROLES, Record, hint, show, text_of
 from tunesmith.data.formats.media import Content, fill_placeholders, has_lists, read_parts
 from tunesmith.data.formats.tools import read_calls, read_tools
 from tunesmith.errors import DataError
@@ -14,6 +14,7 @@ from tunesmith.types import Example, Message, Place, ToolCall
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+CALL_KEYS = ("tool_calls", "function_call")
 WEIGHT_KEYS = ("weight", "loss_weight")
 PLAIN_ROLES = {name: role for name, role in ROLES.items() if role != "tool"}
 """Roles of a turn that is nothing but text."""
@@ -44,7 +45,7 @@ def read_turns(turns: Any, place: Place, path: ValuePath, record: Record, after:
         raise DataError(place, path, f"expected a list of messages, found {show(turns)}", "write a list")
     messages: list[Message] = []
     for index, turn in enumerate(turns):
-        message = _plain_turn(turn, place, path, index)
+        message = _plain_turn(turn)
         if message is None:
             message = _read_turn(turn, place, (*path, index), record)
         if message.role not in FOLLOWERS[after]:
@@ -55,17 +56,15 @@ def read_turns(turns: Any, place: Place, path: ValuePath, record: Record, after:
     return messages
 
 
-def _plain_turn(turn: Any, place: Place, path: ValuePath, index: int) -> Message | None:
+def _plain_turn(turn: Any) -> Message | None:
     """A turn of role and text alone, which most are; None for any other."""
     if not isinstance(turn, dict) or len(turn) != 2:
         return None
-    role, content, key = turn.get("role"), turn.get("content"), "content"
+    role, content = turn.get("role"), turn.get("content")
     if role is None:
-        role, content, key = turn.get("from"), turn.get("value"), "value"
+        role, content = turn.get("from"), turn.get("value")
     if not isinstance(content, str) or not isinstance(role, str) or role not in PLAIN_ROLES:
         return None
-    if not content.isascii():
-        check_characters(content, place, (*path, index, key))
     return Message(PLAIN_ROLES[role], content)
 
 
@@ -95,13 +94,16 @@ def _read_turn(turn: Any, place: Place, path: ValuePath, record: Record) -> Mess
     else:
         content = text_of(value, place, here)
     reasoning = _read_reasoning(turn, place, path) or reasoning
-    calls = read_calls(turn.get("tool_calls"), place, (*path, "tool_calls")) or calls
-    calls = read_calls(turn.get("function_call"), place, (*path, "function_call")) or calls
+    for key in CALL_KEYS:
+        calls = read_calls(turn.get(key), place, (*path, key)) or calls
     if content_key is None and not (calls or reasoning) and not any(key in turn for key in CONTENT_KEYS):
         raise DataError(place, path, f"a message without content, with the keys {', '.join(turn)}", "add content")
     if role != "assistant" and (calls or reasoning):
         what = f"{'tool calls' if calls else 'reasoning'} of the {role}"
-        raise DataError(place, path, what, "only the assistant's turns can have them; remove them or mend the role")
+        key = first_of(turn, (*CALL_KEYS, *REASONING_KEYS)) or here[-1]
+        raise DataError(
+            place, (*path, key), what, "only the assistant's turns can have them; remove them or mend the role"
+        )
     is_tool = role == "tool"
     return Message(
         role,
