@@ -72,7 +72,10 @@ def _qwen2_vl(kind: str) -> tuple[Any, Any, Any, str]:
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 1024}
     )
     boxed = {n: f"<|vision_start|><|{n}_pad|><|vision_end|>" for n in ("image", "video")}
-    return config, tokenizer, {"image_processor": images, "class": "Qwen2VLProcessor"}, template(**boxed)
+    videos = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    videos |= {"size": {"shortest_edge": 256, "longest_edge": 1024}, "cap_pixels_per_frame": False}
+    parts = {"image_processor": images, "video_processor": videos, "class": "Qwen2VLProcessor"}
+    return config, tokenizer, parts, template(**boxed)
 
 
 def _llava() -> tuple[Any, Any, Any, str]:
@@ -174,5 +177,7 @@ def save_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, se
     for part in ("image_processor", "feature_extractor"):
         if part in processor:
             processor.pop(part).save_pretrained(folder)
+    if "video_processor" in processor:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(processor.pop("video_processor")))
     (folder / "processor_config.json").write_text(json.dumps(written | processor))
     return folder

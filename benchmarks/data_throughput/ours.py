@@ -44,7 +44,9 @@ def main() -> None:
             load_samples(config, Renderer(tokenizer, config))
             again = perf_counter() - start
         tokens = int(samples.lengths().sum())
-        print_results(seconds, tokens, len(rows), memory, second_start=round(again, 3), fill=tokens / len(rows) / MAX_TOKENS)
+        print_results(
+            seconds, tokens, len(rows), memory, second_start=round(again, 3), fill=tokens / len(rows) / MAX_TOKENS
+        )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ DATA = {
     "humaneval/HumanEval.jsonl": "{path: PATH, columns: {completion: canonical_solution}}",
     "glue_rte/val.tsv": "{path: PATH, header: [index, sentence1, sentence2, label]}",
     "sst2/train.tsv": "{path: PATH, labels: [negative, positive]}",
+    "hh_rlhf/harmless-base-test.jsonl": "{path: PATH, bad_records: skip}",
     "tinyshakespeare/input.txt": "{path: PATH, text_unit: paragraph}",
 }
 """What a data set needs beside its path."""

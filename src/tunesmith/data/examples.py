@@ -12,7 +12,7 @@ from typing import Any
 
 from tunesmith.config import SetConfig
 from tunesmith.data.formats import Format, check_format, find_format
-from tunesmith.data.formats.base import Record, hint
+from tunesmith.data.formats.base import Record, nearest
 from tunesmith.data.sources import Report, Source, find_sources, raise_error, read_records
 from tunesmith.errors import DataError
 from tunesmith.types import Example, Media, Message, Piece, Place
@@ -70,8 +70,8 @@ def rename(record: Record, columns: Mapping[str, str], place: Place, lenient: bo
         if column in record:
             renamed[key] = record[column]
         elif not (lenient and key in OPTIONAL):
-            what = f"no column {column}, which data.columns names for {key}"
-            raise DataError(place, (), what, hint(column, record))
+            what = f"no column {column}, which data.columns names for {key}, among {', '.join(record)}"
+            raise DataError(place, (), what, nearest(column, record) or "name one of these")
     return renamed
 
 

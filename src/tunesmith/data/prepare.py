@@ -291,6 +291,7 @@ def _key(source: Source, config: DataConfig, renderer: Renderer) -> str | None:
         [version(package) for package in ("transformers", "tokenizers", "jinja2")],
         source.name,
         source.config.model_dump(mode="json", exclude={"weight", "repeat"}),
+        repr(source.transform),
         list(zip(source.files, files, strict=True)),
         config.model_dump(mode="json", include=set(SETTINGS)),
         [renderer.learns_all, renderer.pairs],

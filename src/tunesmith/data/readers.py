@@ -259,7 +259,7 @@ def _csv(file: str, config: SetConfig, report: Report) -> Records:
     kind = kind_of(file)
     with open_bytes(file) as stream:
         table = Table(stream, DELIMITERS[kind])
-        header: Sequence[str] | None = None
+        header: Sequence[str] | None = config.header or None
         for row in table:
             if header is None:
                 header = _header(file, row)

@@ -64,7 +64,7 @@ def _legend(colors: bool) -> Text:
         return Text("⟦learnt⟧  ⟦0.5: learnt with loss weight 0.5⟧  all else is not learnt  ⁶⁴position")
     return Text("  ").join(
         [
-            Text(" learnt ", _learnt(1.0, 0)), Text(" half weight ", _learnt(0.5, 0)), Text(" double ", _learnt(2.0, 0)),
+            Text(" learnt ", _learnt(1.0, 0)), Text(" half weight ", _learnt(0.5, 0)), Text(" double weight ", _learnt(2.0, 0)),
             Text("not learnt", "dim"), Text("special token", SPECIAL), Text("cut off", LOST), Text("⁶⁴position", POSITION),
         ]
     )  # fmt: skip

@@ -52,7 +52,10 @@ class Processor:
         if self.part(kind) is not None and getattr(self.inner, f"{kind}_token", None):
             return None
         if kind == "video" and not self.whole:
-            return "a video, whose frames the model's processor prepares with torchvision", "pip install torchvision"
+            return (
+                "a video, whose frames the model's processor prepares with torchvision, which is not installed",
+                "pip install torchvision, from the same index as torch",
+            )
         name = type(self.inner).__name__
         return f"{_article(kind)}, which the model's {name} does not take", "use a model that does"
 
@@ -160,7 +163,7 @@ def load_processor(config: ModelConfig) -> Processor | None:
         if kind is None or "video_processor" not in kind.get_attributes() or is_torchvision_available():
             return Processor(AutoProcessor.from_pretrained(source, **options), source, whole=True)
         return Processor(_without_video(kind, source, options), source, whole=False, revision=config.revision)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{config.path}: the processor cannot be loaded: {reason}") from error
 

@@ -173,7 +173,6 @@ CASES = [
      + AGAIN),
     ("a.json.zst", LINE, "{file}: cannot be read: ZSTD decompress failed: Unknown frame descriptor: " + AGAIN),
     ("a.txt.gz", gzip.compress(b""), "{file}: no records: give a file with at least one"),
-    ("a.txt.gz", gzip.compress(gzip.compress(b"x")), "{file}: compressed with gzip: end its name in .gz"),
     # ---- binary
     ("a.parquet", b"no parquet at all", f"{{file}}: cannot be read: {NO_MAGIC}: {AGAIN}"),
     ("a.parquet", parquet([A])[:-10], f"{{file}}: cannot be read: {NO_MAGIC}: {AGAIN}"),
@@ -187,9 +186,9 @@ CASES = [
 
 def first_error(name: str, content: bytes) -> UserError:
     Path(name).write_bytes(content)
+    [source] = find_sources(SetConfig(path=name))
     with pytest.raises(UserError) as caught:
-        for source in find_sources(SetConfig(path=name)):
-            list(read_records(source))
+        list(read_records(source))
     return caught.value
 
 
@@ -202,3 +201,150 @@ def test_the_whole_message(case: tuple[str, bytes, str]) -> None:
 def test_there_are_enough_cases() -> None:
     assert len(CASES) >= 35
     assert {Path(case[0]).suffixes[0] for case in CASES} == set(READERS)
+
+
+def read_all(name: str, content: bytes, **config: Any) -> tuple[list[Any], list[tuple[str, str | None]]]:
+    """What is read around bad records: (line, values) of each; and message and raw text of the bad ones."""
+    Path(name).write_bytes(content)
+    bad: list[tuple[str, str | None]] = []
+    [source] = find_sources(SetConfig(path=name, **config))
+    records = list(read_records(source, lambda error, raw: bad.append((str(error), raw))))
+    assert all(place.file == name for _, place in records)
+    return [(place.line, *record.values()) for record, place in records], bad
+
+
+def test_lines_after_a_bad_one_are_read() -> None:
+    assert read_all("a.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2\n\xff\n[]\r\n{"a": 1, "a": 2}\n\n{"a": 3}') == (
+        [(1, 1), (7, 3)],
+        [
+            ("a.jsonl:2:8: not JSON: Expecting ',' delimiter: " + ONE, '{"a": 2'),
+            ("a.jsonl:3:1: not UTF-8 text (byte 0xff): " + UTF8, "\\xff"),
+            ("a.jsonl:4:1: expected an object with keys, found a list: write a record as {…}", "[]"),
+            ('a.jsonl:5:10: the key "a" stands twice in one object: remove one of the two', '{"a": 1, "a": 2}'),
+        ],
+    )
+
+
+def test_records_after_a_bad_one_of_an_array_are_read_up_to_a_fault_of_form() -> None:
+    assert read_all("a.json", b'[{"a": 1},\n {"b": NaN}, 3,\n{"a": 4}, {"a": 5,}, {"a": 6}]') == (
+        [(1, 1), (4, 4)],
+        [
+            ("a.json:2:8: NaN is no JSON: write a number, or null", '{"b": NaN}'),
+            ("a.json:2:14: expected an object with keys, found a number: write a record as {…}", "3"),
+            ("a.json:3:18: not JSON: a comma before the closing }: remove it; nothing after it is read", None),
+        ],
+    )
+    assert read_all("a.json", b'[{"a": 1}, ]')[0] == [(1, 1)]
+    assert read_all("a.json", b'[{"a": 1}] 2')[0] == [(1, 1)]
+
+
+def test_rows_after_a_bad_one_are_read() -> None:
+    assert read_all("a.csv", b'a,b\n1,2\n3\n"4,\n5,"6\n"\n"7" 8,9\n"x\n\xff",9\n10,"1\n\n1"\n12,"13\n14,15\n') == (
+        [(2, "1", "2"), (5, "5", "6\n"), (10, "10", "1\n\n1"), (14, "14", "15")],
+        [
+            ("a.csv:3: 1 field, but the header has 2: a field that holds commas stands in \"quotation marks\"", "3"),
+            ("a.csv:5:4: text behind a closing quotation mark: inside a quoted field write two quotation marks for one",
+             '"4,'),
+            ("a.csv:7:4: text behind a closing quotation mark: inside a quoted field write two quotation marks for one",
+             '"7" 8,9'),
+            ("a.csv:9:1: not UTF-8 text (byte 0xff): " + UTF8, '"x\n\\xff",9'),
+            ("a.csv:13:4: a quoted field without an end: close the quotation mark; inside a quoted field write two for one",
+             '12,"13'),
+        ],
+    )  # fmt: skip
+
+
+def test_a_bad_row_of_tabs_takes_no_other_with_it() -> None:
+    content = b'a\tb\n"1\t2"\n3 "x"\n"4 five\n6\t"7\n"8""9"\t"10"\n"11\t12"\t"13\n14"\n'
+    assert read_all("a.tsv", content) == (
+        [(2, '"1', '2"'), (5, "6", '"7'), (6, '8"9', '"10"'), (7, "11\t12", "13\n14")],
+        [
+            ("a.tsv:3: 1 field, but the header has 2: remove tabs inside fields", '3 "x"'),
+            ("a.tsv:4: 1 field, but the header has 2: remove tabs inside fields", '"4 five'),
+        ],
+    )
+
+
+def test_a_bad_document_of_text() -> None:
+    content = b"one\r\ntwo\n\n\xff\nthree\n\nfour"
+    flaw = ("a.txt:4:1: not UTF-8 text (byte 0xff): " + UTF8, "\\xff\nthree")
+    assert read_all("a.txt", content, text_unit="paragraph") == ([(1, "one\ntwo"), (7, "four")], [flaw])
+    assert read_all("a.txt", content, text_unit="file") == (
+        [],
+        [(flaw[0], "one\ntwo\n\n\\xff\nthree\n\nfour")],
+    )
+
+
+def test_a_bad_record_knows_its_place() -> None:
+    error = first_error("a.json", b"[{}, 2]")
+    assert isinstance(error, BadRecord)
+    assert isinstance(error, DataError)
+    assert (error.place, error.path, error.at) == (Place("a.json", 2), (), "1:6")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_quoted_field_without_an_end_does_not_take_the_whole_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.data.csv_text.MAX_QUOTED_CHARACTERS", 100)
+    rows = "".join(f"{number},x\n" for number in range(100))
+    records, bad = read_all("a.csv", f'a,b\n0,"{rows}{rows}'.encode())
+    assert [line for line, *_ in records] == list(range(3, 202))
+    assert [message.partition(": ")[0] for message, _ in bad] == ["a.csv:2:3"]
+
+
+NAMES = [*READERS, *(kind + packed for kind in TEXT_READERS for packed in COMPRESSIONS)]
+RECORDS = [{"text": 'one, "two"\n3', "n": {"m": [1, None]}}, {"text": "zwei ü", "n": {"m": None}}]
+
+
+def whole_file(kind: str) -> bytes:
+    """A good file, to be damaged."""
+    return {
+        ".json": json.dumps(RECORDS).encode(),
+        ".csv": b'a,b\n1,"2\n3"\n"x""y",\xc3\xbc\n',
+        ".tsv": b'a\tb\n1\t"2"\n"x""y"\t\xc3\xbc\n',
+        ".txt": b"one\n\ntwo \xc3\xbc\n",
+        ".parquet": parquet(RECORDS),
+        ".arrow": arrow(RECORDS, as_file=False),
+    }.get(kind, "\n".join(map(json.dumps, RECORDS)).encode())
+
+
+def pack(name: str, content: bytes) -> bytes:
+    if name.endswith(".gz"):
+        return gzip.compress(content, mtime=0)
+    return pyarrow.compress(content, "zstd", asbytes=True) if name.endswith(".zst") else content
+
+
+def only_user_errors(name: str, content: bytes) -> None:
+    Path(name).write_bytes(content or b" ")
+    source = Source(name, SetConfig(path=name), (name,))
+    told: list[UserError] = []
+    for _ in range(2):
+        try:
+            for record, place in read_records(source, lambda error, raw: told.append(error)):
+                assert all(isinstance(key, str) for key in record)
+                assert place.line > 0
+        except UserError as error:
+            told.append(error)
+    for error in told:
+        assert isinstance(error, UserError)
+        assert str(error).startswith(name)
+
+
+FUZZ = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@FUZZ
+@given(content=st.one_of(st.binary(max_size=200), st.text('[]{}",:\\u0d8a1\n\t ', max_size=60).map(str.encode)))
+def test_any_bytes_end_in_records_or_user_errors(name: str, content: bytes) -> None:
+    only_user_errors("a" + name, content)
+    only_user_errors("a" + name, pack(name, content))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_file_ends_in_records_or_user_errors(name: str, data: st.DataObject) -> None:
+    content = bytearray(pack(name, whole_file("." + name.split(".")[1])))
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    only_user_errors("a" + name, bytes(content[: data.draw(st.integers(0, len(content)))]))

@@ -66,7 +66,7 @@ def test_an_optional_column_may_be_missing_once_it_was_seen(tmp_path: Path) -> N
     assert [len(example.messages) for example in examples] == [3, 2]
     with pytest.raises(DataError) as caught:
         read(write(tmp_path / "x.jsonl", bare, full), columns=columns)
-    assert caught.value.what == "no column sys, which data.columns names for system"
+    assert caught.value.what == "no column sys, which data.columns names for system, among instruction, output"
 
 
 def test_the_path_of_an_error_has_the_name_in_the_file(tmp_path: Path) -> None:

@@ -446,7 +446,7 @@ def test_a_kind_that_the_model_does_not_take(model_at: ModelAt, tmp_path: Path) 
 @pytest.mark.skipif(bool(find_spec("torchvision")), reason="torchvision is here")
 def test_videos_need_torchvision(model_at: ModelAt, tmp_path: Path) -> None:
     message = refused(model_at("qwen2_vl"), tmp_path, one("<video>What?", videos=["a.mp4"]))
-    assert message.endswith("prepares with torchvision: pip install torchvision")
+    assert message.endswith("prepares with torchvision, which is not installed: pip install torchvision, from the same index as torch")
 
 
 def test_a_bad_record_can_be_left_out(model_at: ModelAt, tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.unit.data.test_prepare import number_tokenizer
 from tunesmith.cache import cache_folder
+from tunesmith.config import RunConfig
 from tunesmith.config_file import config_from_dict
 from tunesmith.data import stream
 from tunesmith.data.render import Renderer
 from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset, open_stream
 from tunesmith.errors import UserError
+from tunesmith.run import train
+from tunesmith.run_folder import RunFolder, read_events
 from tunesmith.types import Batch
 
 TOKENIZER = number_tokenizer()
@@ -173,3 +177,18 @@ def test_places() -> None:
 def numbers_unordered(data: StreamDataset, step: int) -> list[int]:
     samples, indices = data._at(step)
     return [int(samples.sequences(index)[0][0][0]) for index in indices]
+
+
+def test_a_run_on_a_stream_goes_on_to_the_same_bits(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """24 conversations in windows of 7; stopped after 4 of 9 steps, in the second pass over the data."""
+    settings: dict[str, Any] = {"data": {"stream": True, "shuffle_window": 7}, "schedule": "constant"}
+    whole = train(make_config(**settings, train={"steps": 9}, output=str(tmp_path / "whole")))
+    part = make_config(**settings, train={"steps": 4}, output=str(tmp_path / "part"))
+    train(part)
+    longer = make_config(**settings, train={"steps": 9}, output=str(tmp_path / "part"))
+    resumed = train(longer, resume=True)
+    weights = [load_file(result.folder / "model" / "adapter_model.safetensors") for result in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert whole.eval_losses[9] == resumed.eval_losses[9]
+    losses = [event["loss"] for event in read_events(RunFolder(whole.folder).events) if event["event"] == "step"]
+    assert losses[-1] < losses[0]

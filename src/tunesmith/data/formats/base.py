@@ -112,8 +112,13 @@ def show(value: Any) -> str:
 def hint(word: Any, known: Iterable[str]) -> str:
     """The nearest known word, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6) if isinstance(word, str) else []
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    return nearest(word, known) or f"known: {', '.join(known)}"
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """What may have been meant, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6) if isinstance(word, str) else []
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def first_key(record: Record, keys: Iterable[str]) -> str | None:

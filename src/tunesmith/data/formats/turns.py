@@ -100,7 +100,7 @@ def _read_turn(turn: Any, place: Place, path: ValuePath, record: Record) -> Mess
         raise DataError(place, path, f"a message without content, with the keys {', '.join(turn)}", "add content")
     if role != "assistant" and (calls or reasoning):
         what = f"{'tool calls' if calls else 'reasoning'} of the {role}"
-        key = first_of(turn, (*CALL_KEYS, *REASONING_KEYS)) or here[-1]
+        key = first_of(turn, (*CALL_KEYS, *REASONING_KEYS)) or content_key or "content"
         raise DataError(
             place, (*path, key), what, "only the assistant's turns can have them; remove them or mend the role"
         )
