@@ -72,7 +72,12 @@ def _qwen2_vl(kind: str) -> tuple[Any, Any, Any, str]:
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 1024}
     )
     boxed = {n: f"<|vision_start|><|{n}_pad|><|vision_end|>" for n in ("image", "video")}
-    videos = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    videos = {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "patch_size": 4,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+    }
     videos |= {"size": {"shortest_edge": 256, "longest_edge": 1024}, "cap_pixels_per_frame": False}
     parts = {"image_processor": images, "video_processor": videos, "class": "Qwen2VLProcessor"}
     return config, tokenizer, parts, template(**boxed)
@@ -90,7 +95,12 @@ def _llava() -> tuple[Any, Any, Any, str]:
     )  # fmt: skip
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     settings = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return config, tokenizer, {"image_processor": images, "class": "LlavaProcessor", **settings}, template(image="<image>")
+    return (
+        config,
+        tokenizer,
+        {"image_processor": images, "class": "LlavaProcessor", **settings},
+        template(image="<image>"),
+    )
 
 
 def _gemma3() -> tuple[Any, Any, Any, str]:
@@ -173,11 +183,10 @@ def save_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, se
     model.save_pretrained(folder)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
-    written = {"processor_class": processor.pop("class")}
-    for part in ("image_processor", "feature_extractor"):
-        if part in processor:
-            processor.pop(part).save_pretrained(folder)
-    if "video_processor" in processor:
-        (folder / "video_preprocessor_config.json").write_text(json.dumps(processor.pop("video_processor")))
-    (folder / "processor_config.json").write_text(json.dumps(written | processor))
+    parts = [name for name in ("image_processor", "video_processor", "feature_extractor") if name in processor]
+    if len(parts) == 1:  # as most older checkpoints have it
+        processor.pop(parts[0]).save_pretrained(folder)
+    settings = {n: part if isinstance(part, (dict, int, str)) else part.to_dict() for n, part in processor.items()}
+    settings["processor_class"] = settings.pop("class")
+    (folder / "processor_config.json").write_text(json.dumps(settings))
     return folder

@@ -111,7 +111,7 @@ def outcome(tokenizer: Any, known: Known, conversation: Conversation) -> str:
 
 SHORT = {
     r".*leaves tool calls out.*": "no tool calls",
-    r".*leaves this turn out.*": "turn left out",
+    r".*leaves what this turn says out.*": "turn left out",
     r".*so the loss cannot be placed.*": "not placed",
     r".*stretches as generated.*": "marks answers alone",
     r".*roles must alternate.*": "user and assistant alone",
@@ -160,7 +160,7 @@ class Judge:
         self, tokenizer: Any, known: Known, messages: Sequence[Message], tools: Any, weights: dict[int, float],
         base: float, notes: set[str], literal: bool,
     ) -> None:  # fmt: skip
-        self.literal = literal
+        self.literal, self.has_marks = literal, re.search(r"\{%-?\s*generation", tokenizer.chat_template) is not None
         self.tokenizer, self.known, self.messages, self.tools = tokenizer, known, messages, list(tools) or None
         self.weights, self.base, self.notes = weights, base, " ".join(notes)
 
@@ -182,7 +182,7 @@ class Judge:
             return
         stretches = list(runs(weights))
         self.check_stretches(tokens, weights, stretches)
-        if re.search(r"\{%-?\s*generation", self.tokenizer.chat_template):
+        if self.has_marks:
             self.check_marks(dicts, weights, bool(marked.literals))
         elif stretches and self.messages[-1].role == "assistant":
             self.check_prompt(dicts, tokens, stretches)
@@ -284,7 +284,8 @@ class Judge:
             following = following[: min(following.find(word) % (1 << 30) for word in later)]
         ends = [end for end in self.known.ends if end in following]
         behind = learnt[max((learnt.rfind(word) + len(word) for word in own), default=0) :]
-        if ends and not any(behind.rstrip().endswith(end) and behind.count(end) == 1 for end in ends):
+        behind = behind.rstrip() if self.has_marks else behind  # a template may mark the line end too
+        if ends and not any(behind.endswith(end) and behind.count(end) == 1 for end in ends):
             raise Wrong(f"turn {turn} does not end with {ends}: {learnt!r}")
         if not ends and not self.messages[turn].tool_calls and behind.strip():
             raise Wrong(f"turn {turn} goes on behind its words: {learnt!r}")
@@ -306,11 +307,14 @@ class Judge:
             return
         if any(word in prompt for word in MARKER.findall(words_of(self.messages[-1]))):
             return
+        start = stretches[-1][0]
+        if self.literal and "".join(self.decode(tokens[:start]).split()) != "".join(prompt.split()):
+            raise Wrong(f"learnt from token {start}, where the prompt does not end")
         ids = self.tokens_of(prompt)
         if tokens[: len(ids)].tolist() != ids:
             return  # the tokenizer joins the prompt's end and the answer's beginning
-        if len(self.messages) - 1 in self.weights and stretches[-1][0] != len(ids):
-            raise Wrong(f"learnt from token {stretches[-1][0]}, the prompt has {len(ids)}")
+        if len(self.messages) - 1 in self.weights and start != len(ids):
+            raise Wrong(f"learnt from token {start}, the prompt has {len(ids)}")
 
 
 @lru_cache(maxsize=1)

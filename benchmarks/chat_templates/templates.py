@@ -20,7 +20,6 @@ class Known:
     more_special: tuple[str, ...] = ()
     """Control tokens that the pattern below does not find in the source."""
     variables: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
 
 
 CONTROL_TOKENS = r"<\|[^|<>\s'\"{}+~]{1,40}\|>|<｜[^｜<>\s'\"{}]{1,40}｜>|<\|[a-z_]+>|<[a-z_]+\|>|</?s>"

@@ -24,7 +24,7 @@ from tunesmith.data.prepare import load_samples
 from tunesmith.data.render import Renderer
 from tunesmith.models.load import load_tokenizer
 
-WORDS = [
+WORDS = ["a", "sum", "of", "two", "numbers", "is", "asked", "for", "here", "and", "its", "answer", "comes", "at", "once"]
     "a",
     "sum",
     "of",

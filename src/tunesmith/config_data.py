@@ -49,7 +49,7 @@ class SetConfig(PathSection):
 class DataConfig(SetConfig):
     """Which data, and how a record becomes tokens."""
 
-    path: str = ""  # type: ignore[assignment]
+    path: str = ""
     """File, folder or glob (.json .jsonl .csv .tsv .parquet .arrow .txt, each also .gz or .zst), a URL (s3:// gs:// hf://),
     `hub:owner/name`, LLaMA-Factory's dataset_info.json, or `demo` (sentences to strict JSON, generated from a seed)."""
     sets: tuple[SetConfig, ...] = ()

@@ -25,8 +25,13 @@ class DataError(UserError):
         super().__init__(place, path, what, remedy)
         self.place, self.path, self.what, self.remedy = place, path, what, remedy
 
+    @property
+    def reason(self) -> str:
+        """The message without file and line."""
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path).lstrip(".")
+        return f"{path and path + ': '}{self.what}: {self.remedy}"
+
     def __str__(self) -> str:
         from tunesmith.data.locate import locate
 
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path).lstrip(".")
-        return f"{locate(self.place, self.path)}{path and ' ' + path}: {self.what}: {self.remedy}"
+        return f"{locate(self.place, self.path)}{' ' if self.path else ': '}{self.reason}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import math
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +13,10 @@ from rich.console import Console
 from tunesmith.config import RunConfig
 from tunesmith.config_file import differing_keys
 from tunesmith.data.dataset import Dataset, evaluation_batches
-from tunesmith.data.prepare import Watch, eval_sources, load_samples, unwatched
-from tunesmith.data.render import Renderer
+from tunesmith.data.prepare import Watch, eval_sources, unwatched
 from tunesmith.data.samples import Samples
 from tunesmith.data.sources import find_sources
-from tunesmith.data.stream import StreamDataset, open_stream
+from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
 from tunesmith.engines import ENGINES, build_engine
 from tunesmith.engines.checkpoint import load_newest
@@ -31,11 +28,11 @@ from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
 from tunesmith.manifest import describe, manifest, weights_hash
 from tunesmith.methods import METHODS, NonFiniteError, build_method
-from tunesmith.models.load import chatml_for, load_model, load_tokenizer, model_source
+from tunesmith.models.load import load_model, model_source
 from tunesmith.models.probe import isolates_sequences
-from tunesmith.models.processor import load_processor
 from tunesmith.objectives import OBJECTIVES, Objective, build_objective
 from tunesmith.report import write_report
+from tunesmith.run_data import open_data
 from tunesmith.run_folder import EventLog, RunFolder, write_folder
 from tunesmith.schedules import build_schedule
 
@@ -176,53 +173,23 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     device = find_device(config.engine.device)
     precision = find_precision(config.model.precision, device, trains_all=config.method.name != "lora")
     config = _with(config, "model", precision=precision)
-    config, renderer = build_renderer(config)
-    tokenizer, objective = renderer.tokenizer, build_objective(config.objective)
-    stream = None
-    if config.data.stream:
-        stream, samples, held_out = open_stream(config, renderer)
-    else:
-        samples, held_out = load_samples(config.data, renderer, watch)
-    if renderer.template_is_ours and not samples.counts.conversations:
+    data = open_data(config, watch)
+    config, samples, held_out, tokenizer = data.config, data.samples, data.held_out, data.renderer.tokenizer
+    if data.renderer.template_is_ours and not samples.counts.conversations:
         tokenizer.chat_template = None  # the model will not know it
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     model = load_model(config.model, torch.bfloat16 if precision == "bf16" else torch.float32)
     _check_fits(config, model, samples, held_out)
     pack = config.data.pack if config.data.pack is not None else device.type != "cpu"
-    pack = pack and not samples.have_media and not held_out.have_media and isolates_sequences(model)
+    pack = pack and data.can_pack and isolates_sequences(model)
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
     learner = Learner(
         model, build_engine(config.engine, precision), build_method(config), config.train.micro_batch_tokens
     )
-
-    wanted = config.train
-    if stream is not None:
-        assert wanted.steps, "RunConfig asks for it"
-        return Run(
-            config, tokenizer, objective, samples, held_out, learner, pack, replace(stream, pack=pack), wanted.steps
-        )
-    data = Dataset(samples, config.data, wanted.batch_size, pack, config.seed)
-    seen = max(1, round(wanted.epochs * data.epoch_samples))
-    steps = wanted.steps or math.ceil(seen / wanted.batch_size)
-    data = replace(data, last=None if wanted.steps else seen)
-    return Run(config, tokenizer, objective, samples, held_out, learner, pack, data, steps)
-
-
-def build_renderer(config: RunConfig) -> tuple[RunConfig, Renderer]:
-    """What makes text of examples, for this model and objective; and the configuration with the day that a template shows."""
-    tokenizer, processor = load_tokenizer(config.model), load_processor(config.model)
-    if processor is not None and processor.chat_template and not config.model.chat_template:
-        tokenizer.chat_template = processor.chat_template
-    ours = not tokenizer.chat_template
-    if ours:
-        tokenizer.chat_template = chatml_for(tokenizer)
-    if config.data.date is None and "strftime_now" in str(tokenizer.chat_template):
-        config = _with(config, "data", date=datetime.date.today().isoformat())
-    objective = OBJECTIVES[config.objective.name]
-    return config, Renderer(
-        tokenizer, config.data, objective.learns_all, objective.pairs, ours, processor=processor
-    )
+    batches = replace(data.batches, pack=pack)
+    objective = build_objective(config.objective)
+    return Run(config, tokenizer, objective, samples, held_out, learner, pack, batches, data.steps)
 
 
 def _check_fits(config: RunConfig, model: Any, *sets: Samples) -> None:
@@ -274,7 +241,8 @@ def _wants_tensorboard(config: RunConfig) -> bool:
 
 
 def _diverged(error: NonFiniteError, run: Run, saved: int) -> str:
-    places = ", ".join(map(str, run.data.places(error.step)[:8]))
+    samples, indices = run.data.at(error.step)
+    places = ", ".join(str(samples.place(index)) for index in indices[:8])
     kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been due yet"
     return (
         f"step {error.step + 1}: {error}; the parameters were not changed by it, and {kept}. Samples of this step: {places}. "

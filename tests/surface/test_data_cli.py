@@ -17,7 +17,7 @@ from tunesmith.config import RunConfig
 from tunesmith.config_file import dump_config, load_config
 from tunesmith.data.pack import collate
 from tunesmith.errors import UserError
-from tunesmith.inspect.show import open_data
+from tunesmith.inspect.show import open_packed
 from tunesmith.run import build
 from tunesmith.types import Batch
 
@@ -154,7 +154,7 @@ def test_check_names_every_error_and_counts_everything(faulty: str, tokenizer: A
 
 def test_the_supervised_share_is_that_of_the_samples(run_yaml: Callable[..., str]) -> None:
     config = load_config(run_yaml(data={"eval_fraction": 0.0}))
-    samples = open_data(config).samples
+    samples = open_packed(config).samples
     weights = np.concatenate([weights for n in range(len(samples)) for _, weights in samples.sequences(n)])
     result = invoke("check", "run.yaml")
     assert result.exit_code == 0
@@ -309,12 +309,12 @@ def test_packing_can_be_asked_for(run_yaml: Callable[..., str], tokenizer: Any) 
     config = load_config(run_yaml())
     for flag, pack in (("--packed", True), ("--no-packed", False)):
         rows = json.loads(invoke("show", "run.yaml", "--batch", "1", "--json", flag).stdout)
-        assert [without_text(row) for row in rows] == rows_of(open_data(config, pack).batches(1), tokenizer)
-        assert len(rows) == (4 if not pack else len(open_data(config, True).batches(1).tokens_BT))
+        assert [without_text(row) for row in rows] == rows_of(open_packed(config, pack).batches(1), tokenizer)
+        assert len(rows) == (4 if not pack else len(open_packed(config, True).batches(1).tokens_BT))
 
 
 def test_a_sample_as_json(run_yaml: Callable[..., str], tokenizer: Any) -> None:
-    data = open_data(load_config(run_yaml()))
+    data = open_packed(load_config(run_yaml()))
     for n in range(len(data.samples)):
         row = json.loads(invoke("show", "run.yaml", "--sample", str(n), "--json").stdout)
         assert without_text(row) == rows_of(collate(data.samples, [n], 128, False), tokenizer)[0]
@@ -327,7 +327,7 @@ def test_a_sample_as_json(run_yaml: Callable[..., str], tokenizer: Any) -> None:
 
 
 def test_the_samples_of_a_record(run_yaml: Callable[..., str], chat_file: Path) -> None:
-    data = open_data(load_config(run_yaml()))
+    data = open_packed(load_config(run_yaml()))
     for samples, what in ((data.samples, "training"), (data.held_out, "held-out")):
         place = samples.place(1)
         for name in (str(chat_file), chat_file.name):
@@ -343,7 +343,7 @@ def test_the_samples_of_a_record(run_yaml: Callable[..., str], chat_file: Path) 
 
 
 def test_what_is_not_there_is_refused(run_yaml: Callable[..., str]) -> None:
-    number = len(open_data(load_config(run_yaml())).samples)
+    number = len(open_packed(load_config(run_yaml())).samples)
     assert refusal("show", "run.yaml", "--sample", "999") == (
         f"--sample 999: there are {number} training samples; give 0 to {number - 1}"
     )
@@ -445,7 +445,7 @@ def test_json_and_html_together_print_json_alone(run_yaml: Callable[..., str]) -
 
 
 def test_a_batch_shows_rows_borders_and_padding(run_yaml: Callable[..., str]) -> None:
-    batch = open_data(load_config(run_yaml()), True).batches(0)
+    batch = open_packed(load_config(run_yaml()), True).batches(0)
     text = invoke("show", "run.yaml", "--batch", "0", "--packed", "--positions").stdout
     assert text.startswith("batch 0 of 4 · 4 samples\n")
     for row, sequence in enumerate(batch.sequence_BT):

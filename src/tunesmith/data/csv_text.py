@@ -77,9 +77,8 @@ class Row(NamedTuple):
 class Table:
     """Rows of a file, the header first. Where that is flawed, nothing after it can be read.
 
-    A row of a .tsv is split at its tabs, and a quotation mark in it is an ordinary one; its quotes are those of a writer only
-    if that alone gives as many fields as the header has, or if marks inside a quoted field are doubled, or if all names in
-    the header are quoted.
+    A row of a .tsv is split at its tabs, and a quotation mark in it is an ordinary one. Fields are quoted only if that alone
+    gives as many of them as the header has, or if marks inside a field are doubled, or if all names in the header are quoted.
     """
 
     def __init__(self, stream: BinaryIO, delimiter: str) -> None:
@@ -96,7 +95,8 @@ class Table:
                 if len(row.fields) == 1 and not raw.strip():
                     continue
             else:
-                row = self._tabbed(number, line) if self.delimiter == "\t" else self._quoted((number, line))[0]
+                by_tabs = self.delimiter == "\t" and not self._all_quoted
+                row = self._tabbed(number, line) if by_tabs else self._quoted((number, line))[0]
             if flaw := bad_byte(row.raw):
                 at = line_and_column(row.raw, flaw.position, row.line)
                 row = Row(row.line, shown_bytes(row.raw), at=at, flaw=flaw)
@@ -106,18 +106,20 @@ class Table:
     def _tabbed(self, number: int, line: str) -> Row:
         raw = line.rstrip("\r\n")
         fields = raw.split("\t")
-        if not self.header:
-            self._all_quoted = all(QUOTED.fullmatch(name) for name in fields)
-        elif len(fields) != len(self.header):
+        if not self.header and all(QUOTED.fullmatch(name) for name in fields):
+            self._all_quoted = True
+            return self._quoted((number, line))[0]
+        if self.header and len(fields) != len(self.header):
             row, behind = self._quoted((number, line))
             if len(row.fields) == len(self.header):
                 return row
             self._lines.put_back(behind)
         return Row(number, raw, [self._unquoted(text) for text in fields])
 
-    def _unquoted(self, text: str) -> str:
+    @staticmethod
+    def _unquoted(text: str) -> str:
         match = QUOTED.fullmatch(text) if text.startswith('"') else None
-        return match[1].replace('""', '"') if match and (self._all_quoted or '""' in match[1]) else text
+        return match[1].replace('""', '"') if match and '""' in match[1] else text
 
     def _quoted(self, first: tuple[int, str]) -> tuple[Row, list[tuple[int, str]]]:
         """A row by the rules of RFC 4180, and the lines that it takes beside its first. A flawed one takes no more."""

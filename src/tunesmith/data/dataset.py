@@ -13,7 +13,7 @@ from tunesmith.config import DataConfig
 from tunesmith.data.order import permute, shares
 from tunesmith.data.pack import collate
 from tunesmith.data.samples import Samples
-from tunesmith.types import Batch, Place
+from tunesmith.types import Batch
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Dataset:
         """The batch of `step`, counted from 0."""
         return collate(self.samples, self.indices(step), self.config.max_tokens, self.pack)
 
-    def places(self, step: int) -> list[Place]:
-        """Where the samples of a step come from."""
-        return [self.samples.place(index) for index in self.indices(step)]
+    def at(self, step: int) -> tuple[Samples, list[int]]:
+        """The samples of a step, by their numbers in a set."""
+        return self.samples, self.indices(step)
 
     @cached_property
     def draws(self) -> list[int]:

@@ -211,7 +211,8 @@ def _weights(marked: Marked, offsets: np.ndarray) -> np.ndarray:
     return weights
 
 
-def _part(encoded: Encoded, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _part(encoded: Encoded | None, n: int) -> tuple[np.ndarray, np.ndarray]:
+    assert encoded is not None, "what is not replaced has been encoded"
     own = slice(encoded.offsets[n], encoded.offsets[n + 1])
     return encoded.tokens[own], encoded.weights[own]
 
@@ -220,7 +221,7 @@ def _merge(encoded: Encoded | None, replaced: dict[int, tuple[np.ndarray, np.nda
     """`encoded` with some sequences replaced."""
     if encoded is not None and not replaced:
         return encoded
-    parts = [replaced[n] if n in replaced else _part(encoded, n) for n in range(count)]  # type: ignore[arg-type]
+    parts = [replaced[n] if n in replaced else _part(encoded, n) for n in range(count)]
     offsets = np.zeros(count + 1, np.int64)
     np.cumsum([len(tokens) for tokens, _ in parts], out=offsets[1:])
     return Encoded(

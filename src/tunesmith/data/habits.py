@@ -100,7 +100,8 @@ class Habits:
     @cached_property
     def no_tools(self) -> Tools:
         """An empty list where the template takes nothing else for no tools."""
-        for tools in (None, []):
+        choices: tuple[Tools, ...] = (None, [])
+        for tools in choices:
             with suppress(Refused):
                 self.render(as_dicts([ASKED, ANSWERED]), tools, False)
                 return tools

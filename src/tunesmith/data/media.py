@@ -132,9 +132,11 @@ def _find(media: Media, example: Example) -> MediaFile:
         return MediaFile(media.kind, media.source, len(media.source), digest=_digest(media.source))
     path = media_path(example.folder, media.source)
     if path is None:
-        where = Path(example.folder or ".").absolute()
         what = f"no such {media.kind} file: {media.source!r}"
-        raise DataError(example.place, (), what, f"correct the path; relative ones count from {where} or a folder above")
+        remedy = (
+            f"correct the path; relative ones count from {Path(example.folder or '.').absolute()} or a folder above"
+        )
+        raise DataError(example.place, (), what, remedy)
     try:
         stat, data = path.stat(), path.read_bytes()
     except OSError as error:
@@ -159,7 +161,13 @@ def read(file: MediaFile, processor: Processor, place: Place) -> Content:
         if file.kind == "audio":
             return file.kind, _read_audio(source, processor.sampling_rate)
         return file.kind, _read_video(source, processor.sample_frames)
-    except (OSError, ValueError, SyntaxError, IndexError, ArithmeticError) as error:  # Pillow raises SyntaxError, PyAV its own
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        LookupError,
+        ArithmeticError,
+    ) as error:  # Pillow and PyAV raise all of these
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             place, (), f"{file}: not a whole {file.kind} file: {reason}", "replace it or remove the record"

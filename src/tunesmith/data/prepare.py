@@ -66,10 +66,14 @@ def load_sources(sources: list[Source], config: DataConfig, renderer: Renderer, 
     return whole(parts, [source.config for source in sources], renderer.processor)
 
 
+def held_out_below(config: DataConfig) -> np.uint64:
+    """Samples with a lower content hash are held out."""
+    return np.uint64(min(int(config.eval_fraction * 2**64), 2**64 - 1))
+
+
 def held_out_side(samples: Samples, config: DataConfig) -> list[np.ndarray]:
     """For each part, which of its samples are held out: those whose content hash is in the lowest eval_fraction."""
-    limit = np.uint64(min(int(config.eval_fraction * 2**64), 2**64 - 1))
-    return [part.content[chosen] < limit for part, chosen in zip(samples.parts, samples.chosen, strict=True)]
+    return [part.content[chosen] < held_out_below(config) for part, chosen in zip(samples.parts, samples.chosen, strict=True)]
 
 
 def eval_sources(config: DataConfig) -> list[Source]:
@@ -210,9 +214,10 @@ def _cut(
         encoded = replace(encoded, files=tuple(files))
     lengths = np.diff(encoded.offsets)
     targets = np.add.reduceat(np.append(encoded.weights != 0, False), encoded.offsets[:-1]) if len(lengths) else lengths
-    fine = ((lengths > 0) & (lengths <= config.max_tokens) & (targets > 0)).reshape(-1, group).all(axis=1)
+    usable = (lengths > 0) & (lengths <= config.max_tokens) & (targets > 0)
+    fine = [all(group_usable) for group_usable in usable.reshape(-1, group).tolist()]
     places, content = [example.place for example, _ in rendered], [content_hash(example) for example, _ in rendered]
-    if fine.all():
+    if all(fine):
         return encoded, places, content
     sequences = list(sequences_of(encoded))
     kept: list[tuple[np.ndarray, np.ndarray]] = []

@@ -11,8 +11,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import PurePath
 from typing import Any, BinaryIO, NoReturn, cast
 
-import pyarrow
-
 from tunesmith.config import SetConfig
 from tunesmith.data.csv_text import Lines, Row, Table, bad_byte, shown_bytes
 from tunesmith.data.json_text import HALF, LENIENT, STRICT, Flaw, explain, line_and_column, lone_half, skip_space
@@ -68,12 +66,14 @@ def raise_error(error: UserError, raw: str | None = None) -> NoReturn:
 
 def kind_of(file: str) -> str:
     """The suffix that tells a file's kind: of text that before .gz or .zst."""
+    suffixes = ["", *_suffixes(file)]
+    return suffixes[-2] if suffixes[-1] in COMPRESSIONS and suffixes[-2] in TEXT_READERS else suffixes[-1]
+
+
+def _suffixes(file: str) -> list[str]:
     if file.startswith(("http://", "https://")):
         file = file.partition("?")[0].partition("#")[0]
-    suffixes = [suffix.lower() for suffix in PurePath(file).suffixes[-2:]]
-    if len(suffixes) == 2 and suffixes[1] in COMPRESSIONS and suffixes[0] in TEXT_READERS:
-        return suffixes[0]
-    return suffixes[-1] if suffixes else ""
+    return [suffix.lower() for suffix in PurePath(file).suffixes]
 
 
 def readable() -> str:
@@ -101,19 +101,20 @@ def reason(error: Exception) -> str:
 @contextmanager
 def open_bytes(file: str) -> Iterator[BinaryIO]:
     """The bytes of a local file or URL, decompressed. Raises UserError for text that is none."""
-    kind, is_url = kind_of(file), "://" in file
-    packed = PurePath(file.partition("?")[0] if is_url else file).suffix.lower()
+    kind, packed = kind_of(file), _suffixes(file)[-1:]
     with ExitStack() as stack:
         stream: Any
-        if is_url:
+        if "://" in file:
             import fsspec
 
             stream = io.BufferedReader(stack.enter_context(fsspec.open(file, "rb")), BUFFER_BYTES)
         else:
             stream = stack.enter_context(open(file, "rb", BUFFER_BYTES))
-        if kind in TEXT_READERS and packed == ".gz":
+        if kind in TEXT_READERS and packed == [".gz"]:
             stream = io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=stream)), BUFFER_BYTES)
-        elif kind in TEXT_READERS and packed == ".zst":
+        elif kind in TEXT_READERS and packed == [".zst"]:
+            import pyarrow
+
             unpacked: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd")
             stream = io.BufferedReader(unpacked, BUFFER_BYTES)
         start = stream.peek(32)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -101,7 +101,9 @@ class Part:
         facts = json.loads((folder / "part.json").read_text())
         facts["counts"], facts["files"] = Counts(**facts["counts"]), tuple(facts["files"])
         kinds = ARRAYS | {name: kind for name, kind in MEDIA_ARRAYS.items() if (folder / f"{name}.bin").is_file()}
-        arrays = {name: np.memmap(folder / f"{name}.bin", kind, mode="r") for name, kind in kinds.items()}
+        arrays: dict[str, Any] = {
+            name: np.memmap(folder / f"{name}.bin", kind, mode="r") for name, kind in kinds.items()
+        }
         return cls(**arrays, **facts)
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.samples import Counts, Part, PartWriter, Samples, whole
 from tunesmith.data.sources import Source, find_sources
 from tunesmith.errors import UserError
-from tunesmith.types import Batch, Example, Place
+from tunesmith.types import Batch, Example
 
 KEPT_WINDOWS = 3
 
@@ -103,13 +103,13 @@ class Windows:
             owed += weights / weights.sum()
             chosen = int(owed.argmax())
             owed[chosen] -= 1
-            example = next(readers[chosen], None)
-            if example is None:
+            drawn: Example | None = next(readers[chosen], None)
+            if drawn is None:
                 readers[chosen] = read_examples(self.sources[chosen], self.config.as_chat, report)
-                example = next(readers[chosen], None)
-            if example is None:
+                drawn = next(readers[chosen], None)
+            if drawn is None:
                 raise UserError(f"{self.sources[chosen].name}: no record that can be used")
-            yield example
+            yield drawn
 
 
 @dataclass
@@ -126,15 +126,10 @@ class StreamDataset:
 
     def __call__(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
-        samples, indices = self._at(step)
+        samples, indices = self.at(step)
         return collate(samples, indices, self.config.max_tokens, self.pack)
 
-    def places(self, step: int) -> list[Place]:
-        """Where the samples of a step come from."""
-        samples, indices = self._at(step)
-        return [samples.place(index) for index in indices]
-
-    def _at(self, step: int) -> tuple[Samples, list[int]]:
+    def at(self, step: int) -> tuple[Samples, list[int]]:
         """The windows that a step reaches into, as one set, and its samples there."""
         at = [self._find(position) for position in range(step * self.batch_size, (step + 1) * self.batch_size)]
         reached = {window: self._training(window) for window, _ in at}

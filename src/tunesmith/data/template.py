@@ -322,7 +322,7 @@ class ChatTemplate:
 def left_out(what: str, turn: int) -> Refused:
     return Refused(
         f"the model's chat template leaves {what} out",
-        "set model.chat_template to a template that knows them, or remove the record"
+        "use a model whose template knows tools, or set model.chat_template"
         if what == "tool calls"
         else "set data.learn to each, or model.chat_template to a template that keeps it",
         turn,

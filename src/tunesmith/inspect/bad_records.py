@@ -37,7 +37,7 @@ class Errors:
             self.shown.append(error)
         if not isinstance(error, DataError) or error.place in self.bad:
             return False
-        self.bad[error.place] = _reason(error) if self.keep_reasons else ""
+        self.bad[error.place] = error.reason if self.keep_reasons else ""
         tally.bad += 1
         tally.role_errors += error.path[-1:] in [(name,) for name in ROLE_KEYS] or "without role" in error.what
         return True
@@ -49,12 +49,6 @@ class Errors:
 
 def _where(error: UserError) -> tuple[str, int]:
     return (error.place.file, error.place.line) if isinstance(error, DataError) else ("", 0)
-
-
-def _reason(error: DataError) -> str:
-    """The message without file and line, which stand beside it; so nothing is looked up in the file."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path).lstrip(".")
-    return f"{path and path + ': '}{error.what}: {error.remedy}"
 
 
 def write_quarantine(file: Path, sources: list[Source], bad: dict[Place, str]) -> int:

@@ -12,7 +12,7 @@ from rich.console import Console
 from tunesmith.config import DataConfig, RunConfig
 from tunesmith.data.encode import FastDisagrees
 from tunesmith.data.examples import read_examples
-from tunesmith.data.prepare import Watch, eval_sources, make_samples, unwatched
+from tunesmith.data.prepare import Watch, eval_sources, held_out_below, make_samples, unwatched
 from tunesmith.data.sources import Source, find_sources
 from tunesmith.display import reading
 from tunesmith.errors import UserError
@@ -20,7 +20,7 @@ from tunesmith.inspect.bad_records import Errors, write_quarantine
 from tunesmith.inspect.histogram import histogram, write_png
 from tunesmith.inspect.overlap import Pair, near_duplicates, same_prompts
 from tunesmith.inspect.tally import MeasuringEncoder, Tally
-from tunesmith.run import build_renderer
+from tunesmith.run_data import build_renderer
 from tunesmith.types import Place
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class _Side:
 
 def _compare(config: RunConfig, tallies: list[Tally], errors: Errors) -> Findings:
     """Find what held-out and training data share."""
-    limit = np.uint64(min(int(config.data.eval_fraction * 2**64), 2**64 - 1))
+    limit = held_out_below(config.data)
     apart = any(tally.held_out for tally in tallies)
     flags = []
     for tally in tallies:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +10,9 @@ import numpy as np
 from rich.console import Console
 
 from tunesmith.config import RunConfig
-from tunesmith.data.dataset import Dataset
 from tunesmith.data.pack import collate
-from tunesmith.data.prepare import Watch, load_samples, unwatched
-from tunesmith.data.render import Renderer
+from tunesmith.data.prepare import Watch, unwatched
 from tunesmith.data.samples import Samples
-from tunesmith.data.stream import StreamDataset, open_stream
 from tunesmith.display import reading
 from tunesmith.engines.single import find_device
 from tunesmith.errors import UserError
@@ -25,23 +21,11 @@ from tunesmith.inspect.pieces import Pieces
 from tunesmith.inspect.rest import Rest
 from tunesmith.inspect.terminal import show_view
 from tunesmith.inspect.view import View, rows_as_json, rows_of
-from tunesmith.run import build_renderer
+from tunesmith.run_data import RunData, open_data
 from tunesmith.run_folder import write_text
 from tunesmith.types import Batch, Place
 
 ASSUMED = "as data.pack and the device say (train also asks the model whether it keeps packed sequences apart)"
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data of a run, built as the run does it, but without weights."""
-
-    config: RunConfig
-    renderer: Renderer
-    samples: Samples
-    held_out: Samples
-    batches: Dataset | StreamDataset
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -55,25 +39,15 @@ class Chosen:
     """None: not a batch of the run."""
 
 
-def open_data(config: RunConfig, pack: bool | None = None, watch: Watch = unwatched) -> Data:
+def open_packed(config: RunConfig, pack: bool | None = None, watch: Watch = unwatched) -> RunData:
     """Samples and batches of a run. `pack`: as the run is to be assumed to do it; None: as its configuration says.
 
     A run also asks the model whether it keeps packed sequences apart; for that it needs the weights.
     """
-    config, renderer = build_renderer(config)
-    wanted = config.train
-    if pack is None:
-        pack = config.data.pack if config.data.pack is not None else find_device(config.engine.device).type != "cpu"
-    if config.data.stream:
-        stream, samples, held_out = open_stream(config, renderer)
-        assert wanted.steps, "RunConfig asks for it"
-        return Data(config, renderer, samples, held_out, replace(stream, pack=pack), wanted.steps)
-    samples, held_out = load_samples(config.data, renderer, watch)
-    pack = pack and not samples.have_media and not held_out.have_media
-    data = Dataset(samples, config.data, wanted.batch_size, pack, config.seed)
-    seen = max(1, round(wanted.epochs * data.epoch_samples))
-    steps = wanted.steps or math.ceil(seen / wanted.batch_size)
-    return Data(config, renderer, samples, held_out, replace(data, last=None if wanted.steps else seen), steps)
+    data = open_data(config, watch)
+    wanted = pack if pack is not None else config.data.pack
+    packed = (wanted if wanted is not None else find_device(config.engine.device).type != "cpu") and data.can_pack
+    return replace(data, batches=replace(data.batches, pack=packed))
 
 
 def show(
@@ -89,7 +63,7 @@ def show(
 ) -> None:
     """Print a sample, the samples of a record, or a batch. Raises UserError where there is no such thing."""
     with reading(Console(stderr=True)) as watch:
-        data = open_data(config, pack, watch)
+        data = open_packed(config, pack, watch)
     if batch is not None:
         chosen = [_batch(data, batch)]
     else:
@@ -107,15 +81,15 @@ def show(
         show_view(Console(), view, positions)
 
 
-def _batch(data: Data, step: int) -> Chosen:
+def _batch(data: RunData, step: int) -> Chosen:
     if not 0 <= step < data.steps:
         raise UserError(f"--batch {step}: the run has {data.steps} batches; give 0 to {data.steps - 1}")
     batch, batches = data.batches(step), data.batches
-    samples = batches.samples if isinstance(batches, Dataset) else batches._at(step)[0]
+    samples, _ = batches.at(step)
     return Chosen(f"batch {step} of {data.steps} · {len(set(batch.group_N.tolist()))} samples", batch, samples, step)
 
 
-def _sample(data: Data, index: int) -> Chosen:
+def _sample(data: RunData, index: int) -> Chosen:
     if data.config.data.stream:
         raise UserError("--sample: with data.stream the samples have no numbers; use --batch")
     if not 0 <= index < len(data.samples):
@@ -125,7 +99,7 @@ def _sample(data: Data, index: int) -> Chosen:
     return _alone(data, data.samples, index, f"sample {index} of {len(data.samples)} training samples")
 
 
-def _place(data: Data, text: str) -> list[Chosen]:
+def _place(data: RunData, text: str) -> list[Chosen]:
     """The samples of a record, be it trained on or held out."""
     if data.config.data.stream:
         raise UserError("--place: with data.stream the samples cannot be searched; use --batch")
@@ -153,12 +127,12 @@ def _same_file(one: str, other: str) -> bool:
     return "://" not in other and Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _alone(data: Data, samples: Samples, index: int, title: str) -> Chosen:
+def _alone(data: RunData, samples: Samples, index: int, title: str) -> Chosen:
     """One sample in one row; a preference pair shares it."""
     return Chosen(title, collate(samples, [index], data.config.data.max_tokens, pack=True), samples)
 
 
-def make_view(data: Data, chosen: list[Chosen], pieces: Pieces, assumed: bool = True) -> View:
+def make_view(data: RunData, chosen: list[Chosen], pieces: Pieces, assumed: bool = True) -> View:
     """What is to be seen. `assumed`: how rows are filled was not asked for, but taken from the configuration."""
     config = data.config.data
     rest = Rest(config, data.renderer)

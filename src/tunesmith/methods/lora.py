@@ -32,6 +32,7 @@ class Lora(Method):
             raise UserError(
                 f"method.modules_to_save: the model has no module {', '.join(unknown)}; it has {_some(last_parts)}"
             )
+        excluded = [*family_of(model.config.model_type).lora_excluded, *_of_towers(model, config.targets)]
         peft_config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             revision=getattr(model.config, "_commit_hash", None),
@@ -39,7 +40,7 @@ class Lora(Method):
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=config.targets if config.targets == "all-linear" else list(config.targets),
-            exclude_modules=[*family_of(model.config.model_type).lora_excluded, *_of_towers(model, config.targets)] or None,
+            exclude_modules=excluded or None,
             modules_to_save=list(config.modules_to_save) or None,
             use_rslora=config.rslora,
             use_dora=config.dora,

@@ -62,7 +62,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if config.chat_template == "chatml":
         tokenizer.chat_template = CHATML
     elif config.chat_template:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            raise UserError(
+                f"model.chat_template: {config.chat_template}: {reason}; give a Jinja file, or chatml"
+            ) from error
     return tokenizer
 
 
@@ -72,9 +78,7 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
 
     source = model_source(config)
     try:
-        return AutoConfig.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # the hub and each architecture raise types of their own
         raise UserError(_loading_failed("model", config, error)) from error
 

@@ -28,7 +28,7 @@ TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 """What a processor calls the column that says of each token which kind of media it stands for."""
 
 Content = tuple[str, Any]
-"""Kind, and what was read: a PIL image; a mono waveform; or (frames, their VideoMetadata)."""
+"""Kind, and what was read: a PIL image; a mono waveform; or a video's frames and their VideoMetadata."""
 
 
 class Unfit(ValueError):
@@ -94,7 +94,7 @@ class Processor:
         if len(replaced) != len(media):
             name = type(self.inner).__name__
             raise Unfit(f"{name} tells the place of {len(replaced)} of them, so that the loss cannot be placed")
-        return [Insert(*one["span"], one["replacement"]) for one in replaced]
+        return [Insert(one["span"][0], one["span"][1], one["replacement"]) for one in replaced]
 
     def tensors(self, tokens: Sequence[int], media: Sequence[Content]) -> dict[str, Tensor]:
         """What the model's forward reads beside the token ids of a sequence that holds these media.
@@ -159,7 +159,7 @@ def load_processor(config: ModelConfig) -> Processor | None:
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        kind = PROCESSOR_MAPPING[type(architecture)] if type(architecture) in PROCESSOR_MAPPING else None
+        kind = PROCESSOR_MAPPING.get(type(architecture), None)
         if kind is None or "video_processor" not in kind.get_attributes() or is_torchvision_available():
             return Processor(AutoProcessor.from_pretrained(source, **options), source, whole=True)
         return Processor(_without_video(kind, source, options), source, whole=False, revision=config.revision)
@@ -172,12 +172,13 @@ def _without_video(kind: type, source: str, options: dict[str, Any]) -> Any:
     """transformers' video processors need torchvision, and a processor needs all its parts: one that does without videos."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
-    class Without(kind):  # type: ignore[misc,valid-type]
+    class Without(kind):
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(name, argument)
 
     Without.__name__ = kind.__name__
-    autos = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor, "feature_extractor": AutoFeatureExtractor}
+    autos: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
+    autos["feature_extractor"] = AutoFeatureExtractor
     settings, _ = Without.get_processor_dict(source, **options)
     parts = [
         autos[name].from_pretrained(source, **options) if name in autos else None for name in Without.get_attributes()

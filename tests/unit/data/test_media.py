@@ -1,4 +1,4 @@
-"""Images and sounds in conversations: tokens, weights, log-probabilities and gradients against transformers' own, and errors."""
+"""Images and sounds in conversations: tokens, weights and log-probabilities against transformers' own; gradients; errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from tunesmith.models.load import blocks, load_model, load_tokenizer
 from tunesmith.models.probe import find_head
 from tunesmith.models.processor import Processor, load_processor
 from tunesmith.models.score import score
-from tunesmith.run import build, build_renderer, train
+from tunesmith.run import build, train
+from tunesmith.run_data import build_renderer
 from tunesmith.types import Batch
 
 ModelAt = Callable[..., Path]
@@ -145,9 +146,12 @@ def test_tokens_and_weights_are_those_of_the_processors_own_chat_template(
     processor, tokenizer = inner(renderer), renderer.tokenizer
     template = tokenizer.chat_template
     # the same template, which also says what the assistant writes
-    start, end = template.index("{{ m.role }}\n") + len("{{ m.role }}\n"), template.index("<|im_end|>") + len("<|im_end|>")
+    before, after = "{{ m.role }}\n", "<|im_end|>"
+    start, end = template.index(before) + len(before), template.index(after) + len(after)
     body = template[start:end]
-    both = f"{{% if m.role == 'assistant' %}}{{% generation %}}{body}{{% endgeneration %}}{{% else %}}{body}{{% endif %}}"
+    both = (
+        f"{{% if m.role == 'assistant' %}}{{% generation %}}{body}{{% endgeneration %}}{{% else %}}{body}{{% endif %}}"
+    )
     marked = template[:start] + both + "{{ '\\n' }}" + template[end + 1 :]  # Jinja drops a newline behind a tag
     silent = {getattr(processor, name) for name in ("image_token_id", "video_token_id") if hasattr(processor, name)}
     for index, record in enumerate(records):
@@ -179,7 +183,7 @@ def test_log_probabilities_are_those_of_the_models_own_forward(model_at: ModelAt
     scored = score(model, find_head(model), batch).logprobs_BT
     processor = inner(renderer)
     own = []
-    for index, record in enumerate(mixed(tmp_path)):
+    for record in mixed(tmp_path):
         inputs = processor.apply_chat_template(
             conversation(record, tmp_path), chat_template=renderer.tokenizer.chat_template, tokenize=True,
             return_dict=True, return_tensors="pt",
@@ -192,7 +196,9 @@ def test_log_probabilities_are_those_of_the_models_own_forward(model_at: ModelAt
         sample = int(batch.sample_N[sequence])
         targets = batch.weights_BT[row, 1 : len(own[sample]) + 1] != 0
         assert targets.any()
-        torch.testing.assert_close(scored[row, 1 : len(own[sample]) + 1][targets], own[sample][targets], rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            scored[row, 1 : len(own[sample]) + 1][targets], own[sample][targets], rtol=0, atol=1e-9
+        )
     assert not scored[batch.weights_BT == 0].any()
 
 
@@ -363,7 +369,9 @@ def test_the_cache_notices_a_changed_image(model_at: ModelAt, tmp_path: Path) ->
     prepare(model_at("qwen2_vl"), data)
     assert part.stat().st_ino == made
     draw(tmp_path / "1.png", 16, 16, seed=9)
-    with pytest.raises(DataError, match=r"data.jsonl:2.*: .*1.png has changed or gone since .*: put it back, or start anew"):
+    with pytest.raises(
+        DataError, match=r"data.jsonl:2.*: .*1.png has changed or gone since .*: put it back, or start anew"
+    ):
         collate(first, range(3), 200, pack=False)
     second, _ = prepare(model_at("qwen2_vl"), data)
     assert part.stat().st_ino != made
@@ -392,7 +400,8 @@ def refused(model: Path, folder: Path, record: dict[str, Any]) -> str:
 
 def test_a_missing_file(model_at: ModelAt, tmp_path: Path) -> None:
     assert refused(model_at("llava"), tmp_path, one(images=["none.png"])) == (
-        "FOLDER/data.jsonl:1:1: no such image file: 'none.png': correct the path; relative ones count from FOLDER or a folder above"
+        "FOLDER/data.jsonl:1:1: no such image file: 'none.png': correct the path; "
+        "relative ones count from FOLDER or a folder above"
     )
 
 
@@ -426,7 +435,7 @@ def test_a_template_without_a_place_for_images(model_at: ModelAt, tmp_path: Path
     file = write(tmp_path, [one(images=["a.png"])])
     config = config_for(model_at("llava"), file, model={"chat_template": "chatml"})
     config, renderer = build_renderer(config)
-    with pytest.raises(DataError, match="the model's processor cannot place the 1 files of this conversation: .*0 <image>"):
+    with pytest.raises(DataError, match=r"cannot place the 1 files of this conversation: .*0 <image>"):
         load_samples(config.data, renderer)
 
 
@@ -446,7 +455,8 @@ def test_a_kind_that_the_model_does_not_take(model_at: ModelAt, tmp_path: Path) 
 @pytest.mark.skipif(bool(find_spec("torchvision")), reason="torchvision is here")
 def test_videos_need_torchvision(model_at: ModelAt, tmp_path: Path) -> None:
     message = refused(model_at("qwen2_vl"), tmp_path, one("<video>What?", videos=["a.mp4"]))
-    assert message.endswith("prepares with torchvision, which is not installed: pip install torchvision, from the same index as torch")
+    assert "whose frames the model's processor prepares with torchvision, which is not installed" in message
+    assert message.endswith(": pip install torchvision, from the same index as torch")
 
 
 def test_a_bad_record_can_be_left_out(model_at: ModelAt, tmp_path: Path) -> None:
@@ -484,9 +494,7 @@ def test_sounds_train(model_at: ModelAt, tmp_path: Path) -> None:
         part, sample = samples.find(int(batch.sample_N[sequence]))
         _, sound = read(part.media_files(sample)[0][0], renderer.processor, part.place(sample))  # type: ignore[arg-type]
         assert abs(len(sound) - (0.2 + 0.1 * sample) * 16000) < 200
-        text = (
-            "<|im_start|>user\n<|audio_bos|><|AUDIO|><|audio_eos|>What?<|im_end|>\n<|im_start|>assistant\nso on.<|im_end|>\n"
-        )
+        text = "<|im_start|>user\n<|audio_bos|><|AUDIO|><|audio_eos|>What?<|im_end|>\n<|im_start|>assistant\nso on.<|im_end|>\n"
         inputs = processor(text=[text], audio=[sound], sampling_rate=16000, return_tensors="pt")
         ids = inputs["input_ids"][0]
         assert batch.tokens_BT[row, : len(ids)].tolist() == ids.tolist()

@@ -171,12 +171,9 @@ def test_data_that_changes_under_the_stream_is_noticed() -> None:
 def test_places() -> None:
     write("a.jsonl", 0, 40)
     data, *_ = opened()
-    assert [place.line - 1 for place in data.places(3)] == numbers_unordered(data, 3)
-
-
-def numbers_unordered(data: StreamDataset, step: int) -> list[int]:
-    samples, indices = data._at(step)
-    return [int(samples.sequences(index)[0][0][0]) for index in indices]
+    samples, indices = data.at(3)
+    assert [samples.place(n).line - 1 for n in indices] == [int(samples.sequences(n)[0][0][0]) for n in indices]
+    assert sorted(samples.place(n).line - 1 for n in indices) == sorted(numbers(data(3)))
 
 
 def test_a_run_on_a_stream_goes_on_to_the_same_bits(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -441,7 +441,7 @@ def test_a_template_that_leaves_calls_out_is_refused(template: str) -> None:
     tokenizer = with_template(template)
     assert refusal(tokenizer, conversation(*ASKED, tools=(WEATHER,))) == (
         "chats.jsonl:7 messages[1]: the model's chat template leaves tool calls out: "
-        "set model.chat_template to a template that knows them, or remove the record"
+        "use a model whose template knows tools, or set model.chat_template"
     )
 
 
