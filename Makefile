@@ -19,11 +19,21 @@ check: .venv/.check      ## formatting, lint, types
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 
-bench: .venv/.bench      ## every benchmark in turn, one at a time
+bench: .venv/.bench .venv-llamafactory  ## every benchmark in turn, one at a time
 	$(BIN)/python benchmarks/startup/run.py
 	$(BIN)/python benchmarks/loss_memory/run.py
 	$(BIN)/python benchmarks/precision/run.py
 	$(BIN)/python benchmarks/loop_overhead/run.py
+	$(BIN)/python benchmarks/packing/run.py
+	$(BIN)/python benchmarks/data_throughput/run.py
+	$(BIN)/python benchmarks/data_throughput/million.py
+
+.venv-llamafactory:      ## a peer of benchmarks/data_throughput, in an environment of its own
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	$@/bin/pip install --quiet --disable-pip-version-check --no-deps llamafactory==0.9.5
+	$@/bin/pip install --quiet --disable-pip-version-check $(TORCH) transformers==5.6.0 datasets==4.0.0 \
+		accelerate==1.11.0 peft==0.18.1 trl==0.24.0 omegaconf==2.4.0
 
 docs: .venv/.docs        ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict

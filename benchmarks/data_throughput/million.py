@@ -24,7 +24,7 @@ from tunesmith.data.prepare import load_samples
 from tunesmith.data.render import Renderer
 from tunesmith.models.load import load_tokenizer
 
-WORDS = ["a", "sum", "of", "two", "numbers", "is", "asked", "for", "here", "and", "its", "answer", "comes", "at", "once"]
+WORDS = [
     "a",
     "sum",
     "of",
@@ -35,17 +35,11 @@ WORDS = ["a", "sum", "of", "two", "numbers", "is", "asked", "for", "here", "and"
     "for",
     "here",
     "and",
-    "the",
+    "its",
     "answer",
     "comes",
     "at",
     "once",
-    "without",
-    "any",
-    "detour",
-    "or",
-    "long",
-    "talk",
 ]
 
 

@@ -61,6 +61,8 @@ class DataConfig(SetConfig):
     """With interleave, shares by size^(1/temperature) × weight: 1 is by size, large evens out. Default: by weight alone."""
     eval_path: str | None = None
     """Held-out file of the same form. Without it, `eval_fraction` of the samples is held out."""
+    eval_split: str = "test"
+    """Split of a hub data set that `eval_path` names."""
     eval_fraction: Share = 0.05
     """Share of the samples held out, chosen by content hash, so that a sample keeps its side when the data grows."""
     max_eval_samples: PositiveInt = 200

@@ -68,7 +68,7 @@ def test_the_shortest_config_resolves_to_the_documented_defaults() -> None:
         "data": {
             "path": "demo", "format": "auto", "columns": {}, "names": (), "split": "train", "subset": None, "labels": (),
             "prompt": "", "header": (), "text_unit": "line", "weight": 1.0, "repeat": 1.0, "max_samples": None, "sets": (),
-            "mix": "concat", "temperature": None, "eval_path": None, "eval_fraction": 0.05, "max_eval_samples": 200,
+            "mix": "concat", "temperature": None, "eval_path": None, "eval_split": "test", "eval_fraction": 0.05, "max_eval_samples": 200,
             "max_tokens": 2048, "truncation": "right", "learn": "assistant", "as_chat": None, "template_variables": {},
             "date": None, "bad_records": "stop", "parse_special_tokens": False, "stream": False,
             "shuffle_window": 10_000, "pack": None,

@@ -73,13 +73,16 @@ def held_out_below(config: DataConfig) -> np.uint64:
 
 def held_out_side(samples: Samples, config: DataConfig) -> list[np.ndarray]:
     """For each part, which of its samples are held out: those whose content hash is in the lowest eval_fraction."""
-    return [part.content[chosen] < held_out_below(config) for part, chosen in zip(samples.parts, samples.chosen, strict=True)]
+    return [
+        part.content[chosen] < held_out_below(config)
+        for part, chosen in zip(samples.parts, samples.chosen, strict=True)
+    ]
 
 
 def eval_sources(config: DataConfig) -> list[Source]:
     """The held-out data, where it is not a share of the training data."""
     if config.eval_path:
-        like = config.all_sets()[0].model_dump() | {"max_samples": None, "names": (), "split": "train"}
+        like = config.all_sets()[0].model_dump() | {"max_samples": None, "names": (), "split": config.eval_split}
         return find_sources(SetConfig(**like | {"path": config.eval_path}), "data.eval_path", "eval")
     if config.path == "demo":
         return find_sources(SetConfig(path="demo"), split="eval")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.errors import UserError
 from tunesmith.models.processor import TOKEN_TYPES
 from tunesmith.types import Batch
 
@@ -25,18 +26,27 @@ def media_inputs(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
                     types_T = media.pop(name)
                     columns[name][row, : len(types_T)] = types_T
     names = dict.fromkeys(name for media in present for name in media)
-    joined = {name: _join([media[name] for media in present if name in media]) for name in names}
+    says_sizes = any("mask" in name or "size" in name for name in names)
+    joined = {name: _join([media[name] for media in present if name in media], says_sizes) for name in names}
     # numbers in one dimension are seconds or sizes, of which bf16 would lose digits
     as_model = {n: x.to(dtype) if x.is_floating_point() and x.ndim > 1 else x for n, x in joined.items()}
     return columns | as_model
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """End to end; zeros fill up where one is smaller in another dimension, as a processor does with a batch."""
+def _join(tensors: Sequence[Tensor], says_sizes: bool) -> Tensor:
+    """End to end; zeros fill up where one is smaller in another dimension, as a processor does with a batch.
+
+    Only where a mask or the sizes go to the model too: else it would take the zeros for a part of the picture.
+    """
     inner = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors), strict=True)]
     padded = []
     for x in tensors:
         missing = [size for most, here in zip(inner, x.shape[1:], strict=True) for size in (most - here, 0)]
+        if any(missing) and not says_sizes:
+            raise UserError(
+                "train.micro_batch_tokens: media of unequal sizes cannot go through this model together; set it to 1, and "
+                "each sequence goes alone"
+            )
         padded.append(nn.functional.pad(x, missing[::-1]) if any(missing) else x)
     return torch.cat(padded)
 

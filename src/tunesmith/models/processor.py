@@ -5,6 +5,7 @@ transformers' own processor does the work, with the checkpoint's settings; this 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,8 +87,12 @@ class Processor:
 
     def inserts(self, text: str, media: Sequence[Content]) -> list[Insert]:
         """What takes the place of each placeholder, in the order of the text. Raises Unfit."""
+        names = [name for kind in {kind for kind, _ in media} for name in self.part(kind).model_input_names]
+        if len(names) != len(set(names)):
+            raise Unfit(f"{type(self.inner).__name__} gives one {names[0]} for images and videos: it takes one or the other")
+        arguments = {**_by_kind(media, self), "return_text_replacement_offsets": True, "return_tensors": "pt"}
         try:
-            output = self.inner(text=[text], **_by_kind(media, self), return_text_replacement_offsets=True)
+            output = self.inner(text=[text], **arguments)
         except (ValueError, TypeError, IndexError, RuntimeError, StopIteration) as error:
             raise Unfit(" ".join(str(error).split())[:300] or type(error).__name__) from error
         replaced = (output.get("text_replacement_offsets") or [[]])[0]
@@ -154,18 +159,28 @@ def load_processor(config: ModelConfig) -> Processor | None:
     if not is_multimodal(architecture) or not any(_file(source, name, config.revision) for name in FILES[:2]):
         return None
     from transformers import AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        kind = PROCESSOR_MAPPING.get(type(architecture), None)
+        kind = _processor_class(architecture, source, config.revision)
         if kind is None or "video_processor" not in kind.get_attributes() or is_torchvision_available():
             return Processor(AutoProcessor.from_pretrained(source, **options), source, whole=True)
         return Processor(_without_video(kind, source, options), source, whole=False, revision=config.revision)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{config.path}: the processor cannot be loaded: {reason}") from error
+
+
+def _processor_class(architecture: Any, source: str, revision: str | None) -> Any:
+    """The class that the checkpoint's files name, else the architecture's; None if it comes with code of its own."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    for file in filter(None, (_file(source, name, revision) for name in FILES[:2])):
+        if name := json.loads(Path(file).read_text(encoding="utf-8")).get("processor_class"):
+            return getattr(transformers, name, None)
+    return PROCESSOR_MAPPING.get(type(architecture), None)
 
 
 def _without_video(kind: type, source: str, options: dict[str, Any]) -> Any:
