@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from tests.families import VOCABULARY
+from tests.samples import make_samples
 from tunesmith.data.pack import collate
 from tunesmith.data.samples import Samples
-from tunesmith.types import Batch, Place
+from tunesmith.types import Batch
 
 
 def ragged_samples(count: int = 8, shortest: int = 3) -> Samples:
@@ -20,7 +21,8 @@ def ragged_samples(count: int = 8, shortest: int = 3) -> Samples:
     weights = random.choice(np.array([0.0, 0.5, 1.0, 2.0], np.float32), offsets[-1])
     weights[offsets[:-1]] = 0.0
     weights[offsets[:-1] + 1] = 1.0
-    return Samples(tokens, weights, offsets, [Place("made", i + 1) for i in range(count)])
+    borders = offsets[1:-1]
+    return make_samples(np.split(tokens, borders), np.split(weights, borders))
 
 
 def ragged_batch(pack: bool, shortest: int = 3) -> Batch:

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from common import in_turn, median, perf_counter, print_machine, ratio
 
-from tunesmith.config import AdamWConfig, FullConfig, LoraConfig, ModelConfig, PretrainConfig, SingleConfig
+from tunesmith.config import AdamWConfig, FullConfig, LoraConfig, ModelConfig, PretrainConfig, SetConfig, SingleConfig
 from tunesmith.data.pack import collate
-from tunesmith.data.samples import Samples
+from tunesmith.data.samples import Counts, Part, PartWriter, encoded_of, whole
 from tunesmith.engines import build_engine
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS
@@ -52,8 +52,12 @@ def ours(method: str) -> Callable[[], None]:
     objective = build_objective(PretrainConfig())
     weights = np.ones((ROWS, LENGTH), np.float32)
     weights[:, 0] = 0
-    offsets = np.arange(ROWS + 1, dtype=np.int64) * LENGTH
-    samples = Samples(rows().reshape(-1), weights.reshape(-1), offsets, [Place("made", i + 1) for i in range(ROWS)])
+    with tempfile.TemporaryDirectory() as folder:
+        writer = PartWriter(Path(folder), "made", group_size=1)
+        encoded = encoded_of(list(zip(rows(), weights, strict=True)))
+        writer.add(encoded, [Place("made", n + 1) for n in range(ROWS)], range(ROWS))
+        writer.close(Counts())
+        samples = whole([Part.open(Path(folder))], [SetConfig(path="made")])
 
     def step() -> None:  # the batch is made anew each time, as in a run
         learner.step(objective, collate(samples, range(ROWS), LENGTH, pack=False), LR)

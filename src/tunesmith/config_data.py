@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -18,7 +19,7 @@ class SetConfig(PathSection):
     """One data set: where it lies, what form its records have, and its share in a mixture."""
 
     path: str
-    """File, folder or glob (.json .jsonl .csv .tsv .parquet .arrow .txt, each also .gz or .zst), a URL (s3:// gs:// hf://),
+    """File, folder or glob (.json .jsonl .csv .tsv .txt, each also .gz or .zst, .parquet .arrow), a URL (s3:// gs:// hf://),
     `hub:owner/name`, LLaMA-Factory's dataset_info.json, or `demo` (sentences to strict JSON, generated from a seed)."""
     format: FormatName = "auto"
     """Form of the records; auto finds it from the first one."""
@@ -50,7 +51,7 @@ class DataConfig(SetConfig):
     """Which data, and how a record becomes tokens."""
 
     path: str = ""
-    """File, folder or glob (.json .jsonl .csv .tsv .parquet .arrow .txt, each also .gz or .zst), a URL (s3:// gs:// hf://),
+    """File, folder or glob (.json .jsonl .csv .tsv .txt, each also .gz or .zst, .parquet .arrow), a URL (s3:// gs:// hf://),
     `hub:owner/name`, LLaMA-Factory's dataset_info.json, or `demo` (sentences to strict JSON, generated from a seed)."""
     sets: tuple[SetConfig, ...] = ()
     """Several data sets in place of `path`, each with settings of its own."""
@@ -79,7 +80,7 @@ class DataConfig(SetConfig):
     plain text. Default: as the form says (text and pairs of strings are plain, all else is a conversation)."""
     template_variables: dict[str, Any] = Field(default_factory=dict)
     """Variables for the chat template, such as `{enable_thinking: false}`."""
-    date: str | None = None
+    date: datetime.date | None = None
     """Day (2026-01-31) that a chat template shows which prints today's. Default: the day on which the run begins."""
     bad_records: Literal["stop", "skip"] = "stop"
     """What a record that cannot be used does: stop the run before it begins, or be left out, counted and shown."""
@@ -98,6 +99,11 @@ class DataConfig(SetConfig):
     def _one_source(self) -> Self:
         if bool(self.path) == bool(self.sets):
             raise ValueError("give either path or sets" if self.path else "missing: give path (or sets)")
+        beside = sorted(self.model_fields_set & set(SetConfig.model_fields))
+        if self.sets and beside:
+            raise ValueError(f"{', '.join(beside)}: beside sets it would have no effect; write it into each set")
+        if self.stream and (self.temperature or any(part.repeat != 1 for part in self.all_sets())):
+            raise ValueError("stream: repeat and temperature need the sizes of the sets, which a stream does not know")
         return self
 
     def shown(self) -> str:

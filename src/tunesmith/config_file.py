@@ -177,8 +177,15 @@ def _config_path(loc: Sequence[str | int], tree: Any) -> Keys:
         if is_tag or is_branch:
             continue
         path.append(str(part))
-        tree = tree.get(part) if isinstance(tree, dict) else None
+        tree = _below(tree, part)
     return tuple(path)
+
+
+def _below(tree: Any, key: str | int) -> Any:
+    """What stands under a key, or in a list's place; None if nothing does."""
+    if isinstance(tree, list):
+        return tree[int(key)]
+    return tree.get(key) if isinstance(tree, dict) else None
 
 
 def _names(axis: str) -> list[str]:
@@ -197,7 +204,9 @@ def _section(path: Keys, tree: Any) -> type[BaseModel]:
     """The config class that holds the settings below `path`."""
     section: type[BaseModel] = RunConfig
     for key in path:
-        tree = tree.get(key, {})
+        tree = _below(tree, key)
+        if key.isdigit():
+            continue  # one of a list, whose class is known already
         field = section.model_fields[key]
         members = _members(field.annotation)
         usual = type(field.default) if isinstance(field.default, BaseModel) else members[0]

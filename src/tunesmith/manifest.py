@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from tunesmith.data.dataset import Dataset
 from tunesmith.data.samples import Counts
 from tunesmith.display import short_bytes, short_number
 from tunesmith.models.load import model_source
@@ -27,7 +28,8 @@ def describe(run: Run) -> list[tuple[str, str]]:
     parameters = {name: (p.numel(), p.element_size()) for name, p in run.learner.model.named_parameters()}
     trained = {name: (p.numel(), p.element_size()) for name, p in run.learner.method.params.items()}
     total, active = (sum(elements for elements, _ in shapes.values()) for shapes in (parameters, trained))
-    num_tokens = int(samples.lengths().sum())
+    num_tokens = run.data.epoch_tokens if isinstance(run.data, Dataset) else int(samples.lengths().sum())
+    epoch = "an epoch" if isinstance(run.data, Dataset) else "in the first window of the stream"
     memory = run.learner.method.memory(trained)
     weights_bytes = sum(elements * size for elements, size in parameters.values())
     held = weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
@@ -40,7 +42,7 @@ def describe(run: Run) -> list[tuple[str, str]]:
         ("objective", f"{config.objective.name} · {samples.target_share():.0%} of the tokens are targets"),
         ("data", f"{config.data.shown()} · {len(samples)} samples{lost(counts)} · {len(run.held_out)} held out"),
         *[("", f"{number} {note}") for note, number in counts.notes.items()],
-        ("tokens", f"{short_number(num_tokens)} an epoch · longest {samples.lengths().max()} · {packing}"),
+        ("tokens", f"{short_number(num_tokens)} {epoch} · longest {samples.lengths().max()} · {packing}"),
         ("steps", f"{run.steps} of {config.train.batch_size} samples · {update}"),
         ("engine", f"{config.engine.name} on {run.learner.engine.device} · {torch.get_num_threads()} threads"),
         (

@@ -61,7 +61,7 @@ def build_renderer(config: RunConfig) -> tuple[RunConfig, Renderer]:
     if ours:
         tokenizer.chat_template = chatml_for(tokenizer)
     if config.data.date is None and "strftime_now" in str(tokenizer.chat_template):
-        today = datetime.date.today().isoformat()
-        config = config.model_copy(update={"data": config.data.model_copy(update={"date": today})})
+        today = {"date": datetime.date.today()}
+        config = config.model_copy(update={"data": config.data.model_copy(update=today)})
     objective = OBJECTIVES[config.objective.name]
     return config, Renderer(tokenizer, config.data, objective.learns_all, objective.pairs, ours, processor=processor)

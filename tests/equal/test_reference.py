@@ -12,15 +12,15 @@ import torch
 
 from tests.batches import ragged_batch, ragged_samples
 from tests.families import FAMILIES, make_model
+from tests.samples import make_samples
 from tunesmith.config import AdamWConfig, FullConfig, LoraConfig, RunConfig, SftConfig, SgdConfig, SingleConfig
 from tunesmith.data.pack import collate
-from tunesmith.data.samples import Samples
 from tunesmith.engines import build_engine
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS, Method
 from tunesmith.objectives import build_objective
 from tunesmith.run import build, train
-from tunesmith.types import Batch, Place
+from tunesmith.types import Batch
 
 
 def make_learner(model: Any, method: Method) -> Learner:
@@ -29,8 +29,7 @@ def make_learner(model: Any, method: Method) -> Learner:
 
 def one_sequence(tokens: list[int], targets_from: int) -> Batch:
     weights = np.array([float(t >= targets_from) for t in range(len(tokens))], np.float32)
-    samples = Samples(np.array(tokens, np.int32), weights, np.array([0, len(tokens)]), [Place("made", 1)])
-    return collate(samples, [0], max_tokens=len(tokens), pack=False)
+    return collate(make_samples([tokens], [weights]), [0], max_tokens=len(tokens), pack=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,5 +171,5 @@ def load_as_users_do(folder: Path) -> Any:
 
 def test_ragged_samples_are_ragged() -> None:
     samples = ragged_samples()
-    assert len(set(samples.lengths().tolist())) > 3
-    assert set(samples.weights.tolist()) == {0.0, 0.5, 1.0, 2.0}
+    assert len(set(samples.lengths()[:, 0].tolist())) > 3
+    assert set(samples.parts[0].weights.tolist()) == {0.0, 0.5, 1.0, 2.0}

@@ -68,7 +68,8 @@ def test_the_shortest_config_resolves_to_the_documented_defaults() -> None:
         "data": {
             "path": "demo", "format": "auto", "columns": {}, "names": (), "split": "train", "subset": None, "labels": (),
             "prompt": "", "header": (), "text_unit": "line", "weight": 1.0, "repeat": 1.0, "max_samples": None, "sets": (),
-            "mix": "concat", "temperature": None, "eval_path": None, "eval_split": "test", "eval_fraction": 0.05, "max_eval_samples": 200,
+            "mix": "concat", "temperature": None, "eval_path": None, "eval_split": "test", "eval_fraction": 0.05,
+            "max_eval_samples": 200,
             "max_tokens": 2048, "truncation": "right", "learn": "assistant", "as_chat": None, "template_variables": {},
             "date": None, "bad_records": "stop", "parse_special_tokens": False, "stream": False,
             "shuffle_window": 10_000, "pack": None,
@@ -321,6 +322,20 @@ def test_a_run_is_named_after_its_file() -> None:
     [
         ("{}", "run.yaml:2: data: missing: give path (or sets)"),
         ("{path: a, sets: [b]}", "run.yaml:2: data: give either path or sets"),
+        (
+            "{sets: [a], format: text}",
+            "run.yaml:2: data: format: beside sets it would have no effect; write it into each set",
+        ),
+        (
+            "{path: a, stream: true, repeat: 2}",
+            "run.yaml:2: data: stream: repeat and temperature need the sizes of the sets, which a stream does not know",
+        ),
+        ("{sets: [a, {path: b, formt: text}]}", "run.yaml:2: data.sets.1.formt: unknown; did you mean format?"),
+        ("{sets: [a, {format: text}]}", "run.yaml:2: data.sets.1.path: missing; add it"),
+        (
+            "{path: a, date: tomorrow}",
+            "run.yaml:2: data.date: input should be a valid date or datetime, input is too short, got 'tomorrow'",
+        ),
         (
             "{path: a, stream: true}",
             "run.yaml: data.stream: nobody knows how long an epoch of a stream is: set train.steps",

@@ -54,6 +54,12 @@ class Dataset:
         """Samples in an epoch."""
         return sum(self.draws)
 
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens in an epoch: exact where every sample comes equally often."""
+        parts = zip(self.samples.parts, self.samples.chosen, self.draws, strict=True)
+        return round(sum(draws * part.lengths()[chosen].sum(axis=1).mean() for part, chosen, draws in parts if draws))
+
     def indices(self, step: int) -> list[int]:
         """The samples of a step.
 

@@ -91,6 +91,8 @@ def to_text(example: Example) -> Example:
     for index, message in enumerate(example.messages):
         text = "\n".join(part for part in (message.reasoning, _text(message, example.place)) if part)
         is_answer = message.role == "assistant"
+        if message.weight not in (None, 0, 1):
+            raise _no_text(example.place, "loss weights other than 0 and 1")
         learn = is_answer if message.weight is None else message.weight > 0
         for piece in (Piece("\n" * bool(index), False), Piece(text, learn)):
             if pieces and pieces[-1].learn == piece.learn:

@@ -102,9 +102,7 @@ class Renderer:
     def _sequence(self, example: Example, first: int = 0) -> Marked:
         """`first`: the first turn that may be learnt."""
         marked = self._conversation(example, first) if example.messages else self._plain_text(example)
-        if marked.text.isascii() or not LITERAL.search(marked.text):
-            return marked
-        if self._moved is None or not LITERAL.search(marked.text):
+        if self._moved is None or marked.text.isascii() or not LITERAL.search(marked.text):
             return marked
         literals = tuple(match.span() for match in self._moved.finditer(marked.text))
         text = self._moved.sub(lambda match: "".join(chr(ord(c) - LITERAL_PLANE) for c in match.group()), marked.text)

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,7 @@ class Windows:
     renderer: Renderer
     sources: list[Source]
     _kept: dict[int, Samples] = field(default_factory=dict)
-    _reader: Iterator[Example] | None = None
+    _reader: Iterator[Example | None] | None = None
     _next: int = 0
     """The window that the reader stands before."""
     _ahead: tuple[int, Future[Samples]] | None = None
@@ -64,10 +63,9 @@ class Windows:
     def _make(self, window: int) -> Samples:
         if self._reader is None or window < self._next:
             self._reader, self._next = self._examples(), 0
-        size = self.config.shuffle_window
-        skipped = (window - self._next) * size
-        examples = list(islice(self._reader, skipped, skipped + size))
-        self._next = window + 1
+        while self._next < window:
+            self._records()
+        examples = self._records()
         counts = Counts()
         encoder = Encoder(self.renderer.tokenizer, fast=False)
         folder = Path(tempfile.mkdtemp(prefix="tunesmith-window-"))
@@ -78,15 +76,32 @@ class Windows:
             for chunk in make_samples(iter(examples), self.config, self.renderer, encoder, counts, report):
                 writer.add(*chunk)
             if not writer.num_samples:
-                raise UserError(f"{self.config.shown()}: records {window * size + 1} and on: nothing to learn from")
+                raise UserError(
+                    f"{self.config.shown()}: window {window}: nothing to learn from in {len(examples)} records"
+                )
             counts.notes, counts.conversations = dict(self.renderer.notes), self.renderer.conversations
             writer.close(counts)
             return whole([Part.open(folder)], [self.sources[0].config], self.renderer.processor)
         finally:
             shutil.rmtree(folder)  # what is mapped stays readable
 
-    def _examples(self) -> Iterator[Example]:
-        """Records without end: one set after the other, or interleaved by weight; what ends begins again."""
+    def _records(self) -> list[Example]:
+        """The next window's: `shuffle_window` of them, or what is left of a pass, so that none comes twice in a window."""
+        assert self._reader is not None
+        records: list[Example] = []
+        for example in self._reader:
+            if example is not None:
+                records.append(example)
+            if len(records) == self.config.shuffle_window or (example is None and records):
+                break
+        self._next += 1
+        return records
+
+    def _examples(self) -> Iterator[Example | None]:
+        """Records without end: one set after the other, or interleaved by weight; what ends begins again.
+
+        None stands between the passes through all sets.
+        """
         report = reporter(self.config, Counts())
         while self.config.mix == "concat":
             found = False
@@ -96,6 +111,7 @@ class Windows:
                     yield example
             if not found:
                 raise UserError(f"{self.config.shown()}: no record that can be used")
+            yield None
         weights = np.array([source.config.weight for source in self.sources])
         readers = [read_examples(source, self.config.as_chat, report) for source in self.sources]
         owed = np.zeros(len(self.sources))

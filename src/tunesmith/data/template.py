@@ -79,8 +79,8 @@ class ChatTemplate:
 
     tokenizer: PreTrainedTokenizerBase
     variables: dict[str, Any] = field(default_factory=dict)
-    date: str | None = None
-    """The day (ISO) that a template prints which prints today's; None: today."""
+    date: datetime.date | None = None
+    """The day that a template prints which prints today's; None: today."""
     _shapes: dict[tuple[str, ...], _Shape | None] = field(default_factory=dict)
 
     def text(self, messages: Dicts, tools: Tools = None, prompt: bool = False) -> str:
@@ -148,9 +148,8 @@ class ChatTemplate:
         """Jinja source that makes `strftime_now` give the fixed day: the same conversation has the same tokens tomorrow."""
         if not (self.prints_the_date and self.date):
             return ""
-        day = datetime.datetime.fromisoformat(self.date)
         formats = re.findall(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")""", str(self.tokenizer.chat_template))
-        dates = {text: day.strftime(text) for pair in formats for text in pair}
+        dates = {text: self.date.strftime(text) for pair in formats for text in pair}
         return f"{{% macro strftime_now(format) %}}{{{{ {json.dumps(dates)}[format] }}}}{{% endmacro %}}{{{{ '' }}}}"
 
     def _by_marks(

@@ -89,7 +89,9 @@ class Processor:
         """What takes the place of each placeholder, in the order of the text. Raises Unfit."""
         names = [name for kind in {kind for kind, _ in media} for name in self.part(kind).model_input_names]
         if len(names) != len(set(names)):
-            raise Unfit(f"{type(self.inner).__name__} gives one {names[0]} for images and videos: it takes one or the other")
+            raise Unfit(
+                f"{type(self.inner).__name__} gives one {names[0]} for images and videos: it takes one or the other"
+            )
         arguments = {**_by_kind(media, self), "return_text_replacement_offsets": True, "return_tensors": "pt"}
         try:
             output = self.inner(text=[text], **arguments)

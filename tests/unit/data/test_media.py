@@ -28,6 +28,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.samples import Samples
 from tunesmith.errors import DataError, UserError
 from tunesmith.models.load import blocks, load_model, load_tokenizer
+from tunesmith.models.media import _join
 from tunesmith.models.probe import find_head
 from tunesmith.models.processor import Processor, load_processor
 from tunesmith.models.score import score
@@ -74,6 +75,28 @@ def hum(path: Path, hertz: float, seconds: float = 0.4, rate: int = 8000) -> str
         file.setframerate(rate)
         file.writeframes(sound.astype("<i2").tobytes())
     return path.name
+
+
+def film(path: Path, seconds: int, seed: int, rate: int = 8) -> None:
+    """Noise that gets lighter."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        random = np.random.default_rng(seed)
+        for n in range(seconds * rate):
+            picture = random.integers(0, 60, (32, 32, 3)) + 10 * n
+            frame = av.VideoFrame.from_ndarray(picture.clip(0, 255).astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def decode(path: Path) -> np.ndarray:
+    import av
+
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def write(folder: Path, records: list[dict[str, Any]]) -> Path:
@@ -457,6 +480,44 @@ def test_videos_need_torchvision(model_at: ModelAt, tmp_path: Path) -> None:
     message = refused(model_at("qwen2_vl"), tmp_path, one("<video>What?", videos=["a.mp4"]))
     assert "whose frames the model's processor prepares with torchvision, which is not installed" in message
     assert message.endswith(": pip install torchvision, from the same index as torch")
+
+
+@NEEDS_AV
+@pytest.mark.skipif(not find_spec("torchvision"), reason="transformers prepares videos with torchvision")
+def test_videos_train(model_at: ModelAt, tmp_path: Path) -> None:
+    records = []
+    for n in range(4):
+        film(tmp_path / f"{n}.mp4", seconds=1 + n % 2, seed=n)
+        records.append(one("<video>What?", videos=[f"{n}.mp4"]))
+    data = write(tmp_path, records)
+    samples, renderer = prepare(model_at("qwen2_vl"), data)
+    processor, model = inner(renderer), load_model(ModelConfig(path=str(model_at("qwen2_vl"))), torch.float64)
+    batch = collate(samples, range(4), 200, pack=False)
+    scored = score(model, find_head(model), batch).logprobs_BT
+    text = (
+        "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What?<|im_end|>\n"
+        "<|im_start|>assistant\nso on.<|im_end|>\n"
+    )
+    for row, sequence in enumerate(batch.sequence_BT[:, 0].tolist()):
+        sample = int(batch.sample_N[sequence])
+        frames = decode(tmp_path / f"{sample}.mp4")[::4]  # 8 frames a second, of which the model sees two
+        inputs = processor(text=[text], videos=[frames], do_sample_frames=False, return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        assert batch.tokens_BT[row, : len(ids)].tolist() == ids.tolist()
+        inputs["pixel_values_videos"] = inputs["pixel_values_videos"].double()
+        with torch.no_grad():
+            own = model(**inputs).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        targets = batch.weights_BT[row, 1 : len(ids)] != 0
+        torch.testing.assert_close(scored[row, 1 : len(ids)][targets], own[targets], rtol=0, atol=1e-9)
+    train(config_for(model_at("qwen2_vl"), data, train={"steps": 5, "batch_size": 4}))
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def test_media_of_unequal_sizes_are_not_filled_up_in_silence() -> None:
+    small, large = torch.ones(1, 2, 4), torch.ones(1, 3, 4)
+    assert _join([small, large], says_sizes=True).sum() == 20
+    with pytest.raises(UserError, match=r"train.micro_batch_tokens: .* set it to 1, and each sequence goes alone"):
+        _join([small, large], says_sizes=False)
 
 
 def test_a_bad_record_can_be_left_out(model_at: ModelAt, tmp_path: Path) -> None:

@@ -57,11 +57,11 @@ def test_a_messages_own_weight_wins(tokenizer: Any) -> None:
     messages = tuple(replace(turn, weight=weight) for turn, weight in zip(TURNS, weights, strict=True))
     example = Example(PLACE, messages=messages)
     marked = only(renderer(tokenizer).render(example))
-    assert (marked.base, learnt(marked)) == (0.0, [("<|im_start|>user\na<|im_end|>", 0.5), ("d e<|im_end|>", 2.0)])
+    assert (marked.base, learnt(marked)) == (0.0, [("a<|im_end|>", 0.5), ("d e<|im_end|>", 2.0)])
     marked = only(renderer(tokenizer, learn="all").render(example))
     assert marked.base == 1.0
     assert learnt(marked) == [
-        ("<|im_start|>user\na<|im_end|>", 0.5), ("b<|im_end|>", 0.0), ("d e<|im_end|>", 2.0),
+        ("a<|im_end|>", 0.5), ("b<|im_end|>", 0.0), ("d e<|im_end|>", 2.0),
     ]  # fmt: skip
     assert only(renderer(tokenizer, learns_all=True).render(example)).spans == ()
 

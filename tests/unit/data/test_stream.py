@@ -75,7 +75,17 @@ def test_a_batch_reaches_over_windows_and_the_end_begins_again() -> None:
     data, *_ = opened(batch_size=8)
     batches = [numbers(data(step)) for step in range(10)]
     assert all(len(batch) == 8 for batch in batches)
-    assert sorted(number for batch in batches for number in batch) == sorted([*range(24)] * 3 + [*range(8)])
+    seen = [number for batch in batches for number in batch]
+    assert sorted(seen[:72]) == sorted([*range(24)] * 3)  # windows of 10, 10 and 4 in each pass
+    assert set(seen[72:]) <= set(range(10))
+
+
+def test_a_window_never_holds_a_record_twice() -> None:
+    write("a.jsonl", 0, 6)
+    data, first, held_out = opened(batch_size=3, shuffle_window=100, eval_fraction=0.3)
+    assert len(first) == 6
+    trained = [number for step in range(4) for number in numbers(data(step))]
+    assert len(set(trained)) + len(held_out) == 6
 
 
 def test_a_step_is_a_pure_function_of_the_seed() -> None:
