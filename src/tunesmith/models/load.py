@@ -92,6 +92,7 @@ def is_multimodal(architecture: PreTrainedConfig) -> bool:
 
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The language model, with its vision and audio towers if it has any, its weights in `dtype`, on the CPU, to evaluate."""
+    from torch import nn
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     source = model_source(config)
@@ -109,6 +110,11 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(
             f"{config.path}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
             "they would start at random: it is incomplete, or of another architecture"
+        )
+    if type(model).forward is nn.Module.forward:  # Qwen2.5-Omni's thinker, talker and voice
+        raise UserError(
+            f"{config.path}: {type(model).__name__} is several models in one, without a forward pass of the whole; save the "
+            "one that reads and writes text (the thinker) as a checkpoint of its own"
         )
     if getattr(model, "is_quantized", False):
         raise UserError(f"{config.path}: quantized weights cannot be trained yet; use the unquantized checkpoint")
