@@ -99,7 +99,8 @@ class DataConfig(SetConfig):
     def _one_source(self) -> Self:
         if bool(self.path) == bool(self.sets):
             raise ValueError("give either path or sets" if self.path else "missing: give path (or sets)")
-        beside = sorted(self.model_fields_set & set(SetConfig.model_fields))
+        fields = {name: type(self).model_fields[name] for name in SetConfig.model_fields}
+        beside = [name for name, f in fields.items() if getattr(self, name) != f.get_default(call_default_factory=True)]
         if self.sets and beside:
             raise ValueError(f"{', '.join(beside)}: beside sets it would have no effect; write it into each set")
         if self.stream and (self.temperature or any(part.repeat != 1 for part in self.all_sets())):
