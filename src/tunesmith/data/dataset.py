@@ -44,7 +44,10 @@ class Dataset:
         """How many samples of each set an epoch takes: all (or `repeat` times), or its share of the mixture."""
         sizes = [len(chosen) for chosen in self.samples.chosen]
         if self.config.mix == "concat":
-            return [round(size * part.repeat) for size, part in zip(sizes, self.samples.sets, strict=True)]
+            return [
+                max(1, round(size * part.repeat)) if size else 0
+                for size, part in zip(sizes, self.samples.sets, strict=True)
+            ]
         power = 1 / self.config.temperature if self.config.temperature else 0.0
         weights = [part.weight * size**power for size, part in zip(sizes, self.samples.sets, strict=True)]
         return shares(sizes, weights, sum(sizes))

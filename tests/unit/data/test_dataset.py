@@ -163,3 +163,8 @@ def test_a_pair_never_parts() -> None:
             for piece in batch.split(1):
                 groups = [int(batch.group_N[n]) for n in piece.sequence_BT.unique() if n >= 0]
                 assert all(groups.count(group) == 2 for group in groups)
+
+
+def test_a_small_repeat_of_a_small_set_still_takes_one_sample() -> None:
+    assert mixture([3], [SetConfig(path="0", repeat=0.1)]).draws == [1]
+    assert mixture([3, 0], [SetConfig(path="0"), SetConfig(path="1")]).draws == [3, 0]
