@@ -43,7 +43,10 @@ def demo(output: str) -> None:
         console.print()
     console.print(f"talk to it: tunesmith chat {result.folder}; its report: {result.folder}/report.md", highlight=False)
     right = [
-        sum(demo_answer_correct(answer, str(e.messages[-1].content)) for answer, e in zip(answers, examples, strict=True))
+        sum(
+            demo_answer_correct(answer, str(e.messages[-1].content))
+            for answer, e in zip(answers, examples, strict=True)
+        )
         for answers in (before, after)
     ]
     shares = [count / len(examples) for count in right]

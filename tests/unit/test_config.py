@@ -460,7 +460,9 @@ def test_mistakes_in_a_choice_without_its_name_have_their_place() -> None:
 
 
 def test_several_data_sets_survive_the_round_trip() -> None:
-    Path("run.yaml").write_text("model: demo\ndata: {sets: [a, {path: b, weight: 2}], mix: interleave, date: 2026-01-31}\n")
+    Path("run.yaml").write_text(
+        "model: demo\ndata: {sets: [a, {path: b, weight: 2}], mix: interleave, date: 2026-01-31}\n"
+    )
     config = load_config("run.yaml")
     Path("again.yaml").write_text(dump_config(config))
     assert load_config("again.yaml") == config
