@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import normalizers
 
 from tunesmith.data.render import Marked
 from tunesmith.errors import UserError
@@ -101,6 +102,17 @@ class Encoder:
             lengths[token] = len(added.content.encode())
         return lengths
 
+    @cached_property
+    def _changes_ascii(self) -> bool:
+        """Whether the tokenizer has a normalizer of another kind than Unicode's, which leave ASCII alone."""
+        return not isinstance(self.backend.normalizer, normalizers.NFC | normalizers.NFKC | None)
+
+    def _is_normalized_away(self, text: str) -> bool:
+        """Whether the normalizer changes a text, so that its bytes are not those of its tokens."""
+        if self.backend.normalizer is None or (text.isascii() and not self._changes_ascii):
+            return False
+        return bool(self.backend.normalizer.normalize_str(text) != text)
+
     def _by_lengths(self, batch: Sequence[Marked]) -> tuple[Encoded, list[int]]:
         """By fastokens; and which texts are not of as many bytes as their tokens."""
         texts = [marked.text for marked in batch]
@@ -109,7 +121,8 @@ class Encoder:
         offsets = np.frombuffer(starts, np.uint64).astype(np.int64)
         ends = np.concatenate([[0], np.cumsum(self._token_bytes[tokens])])
         text_bytes = np.fromiter((len(text.encode()) for text in texts), np.int64, len(texts))
-        wrong = np.flatnonzero(np.diff(ends[offsets]) != text_bytes).tolist()
+        changed = np.fromiter(map(self._is_normalized_away, texts), bool, len(texts))
+        wrong = np.flatnonzero((np.diff(ends[offsets]) != text_bytes) | changed).tolist()
         lengths = np.diff(offsets)
         weights = np.repeat(np.array([marked.base for marked in batch], np.float32), lengths)
         for n, marked in enumerate(batch):
@@ -151,6 +164,8 @@ class Encoder:
     def _with_ends(self, marked: Marked, ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Plain text between the tokenizer's beginning and its end, which is learnt."""
         begin, end = self._begin_and_end
+        if begin and ids[: len(begin)].tolist() == begin:
+            begin = []
         if end and ids[-1:].tolist() == end[-1:]:
             weights[-1], end = 1.0, []
         begin_weights, end_weights = np.full(len(begin), marked.base), np.full(len(end), marked.base)

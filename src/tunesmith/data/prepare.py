@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -110,18 +111,36 @@ def load_part(source: Source, config: DataConfig, renderer: Renderer, watch: Wat
         finally:
             shutil.rmtree(folder)  # what is mapped stays readable
     folder = cache_folder() / "data" / key
-    if (folder / "part.json").is_file() and not Part.open(folder).media_are_unchanged():
-        shutil.rmtree(folder)  # which files a record names is known only from reading it, so the key cannot tell
-    if not (folder / "part.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-        try:
-            _write(aside, source, config, renderer, watch)
-            if not folder.exists():  # another process may have been faster
-                aside.replace(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return Part.open(folder)
+    try:
+        if folder.exists() and not _is_whole(folder):
+            shutil.rmtree(folder)
+        return Part.open(folder) if folder.exists() else _make_part(folder, source, config, renderer, watch)
+    except OSError as error:
+        raise UserError(
+            f"{cache_folder()}: the cache of tokenized data cannot be written: {error}; make room, or set TUNESMITH_CACHE to "
+            "another folder"
+        ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a part is all there, and the media that it names are still what they were: its key cannot know them."""
+    return (folder / "part.json").is_file() and Part.open(folder).media_are_unchanged()
+
+
+def _make_part(folder: Path, source: Source, config: DataConfig, renderer: Renderer, watch: Watch) -> Part:
+    """Make a part aside, and put it in its place in the cache."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        _write(aside, source, config, renderer, watch)
+        part = Part.open(aside)
+        if part.counts.skipped and renderer.processor is not None:
+            return part  # a file that was missing may be there next time
+        with suppress(OSError):  # another process may have been faster
+            aside.replace(folder)
+        return Part.open(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # what is mapped stays readable
 
 
 def make_samples(
@@ -268,10 +287,8 @@ def _shorten(
         pieces = [[_slice(tokens, weights, start, start + limit)] for start in starts]
         return [piece for piece in pieces if piece[0][1].any()]
     left = config.truncation == "left"
-    cut = [
-        _slice(tokens, weights, max(0, len(tokens) - limit) if left else 0, len(tokens) if left else limit)
-        for tokens, weights in own
-    ]
+    start = longest - limit if left else 0  # the same for both sides of a pair, whose prompts then stay the same
+    cut = [_slice(tokens, weights, start, start + limit) for tokens, weights in own]
     return [cut] if all(weights.any() for _, weights in cut) else []
 
 
@@ -289,7 +306,7 @@ SETTINGS = (
 
 def _key(source: Source, config: DataConfig, renderer: Renderer) -> str | None:
     """Hash of all that decides the samples; None if the data's bytes cannot be known."""
-    files = [_content(file) for file in source.files]
+    files = [file_content(file) for file in source.files]
     if None in files or source.name.startswith("hub:"):
         return None
     tokenizer = renderer.tokenizer
@@ -315,12 +332,12 @@ def _key(source: Source, config: DataConfig, renderer: Renderer) -> str | None:
 def _code_version() -> str:
     """Hash of this package's sources: samples that other code made are not taken for its own."""
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _content(file: str) -> str | None:
+def file_content(file: str) -> str | None:
     """Hash of a file's bytes, remembered for as long as its size and time stay; of a URL what its server says."""
     if file.startswith(("http://", "https://")):
         return None  # a server need not tell whether the file has changed

@@ -130,7 +130,7 @@ class Renderer:
         if not base and not any(wanted.values()):
             raise _nothing_to_learn(example.place)
         try:
-            rendered = self.template.render(messages, example.tools, wanted)
+            rendered = self.template.render(messages, [self._escaped_value(tool) for tool in example.tools], wanted)
             self._check_nothing_lost(example, messages, rendered.text)
         except Refused as refused:
             path = () if refused.turn is None else ("messages", refused.turn)
@@ -200,8 +200,13 @@ class Renderer:
         if self._special is None or self.config.parse_special_tokens:
             return message
         if message.tool_calls:
-            calls = [replace(call, arguments=self._escaped_value(call.arguments)) for call in message.tool_calls]
+            calls = [
+                replace(call, name=self._escape(call.name), arguments=self._escaped_value(call.arguments))
+                for call in message.tool_calls
+            ]
             message = replace(message, tool_calls=tuple(calls))
+        if message.name:
+            message = replace(message, name=self._escape(message.name))
         if isinstance(message.content, str) and not message.reasoning:
             if not self._special.search(message.content):
                 return message

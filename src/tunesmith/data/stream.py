@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,24 @@ from tunesmith.data.encode import Encoder
 from tunesmith.data.examples import read_examples
 from tunesmith.data.order import permute
 from tunesmith.data.pack import collate
-from tunesmith.data.prepare import eval_sources, first_by_content, held_out_side, load_sources, make_samples, reporter
+from tunesmith.data.prepare import (
+    eval_sources,
+    file_content,
+    first_by_content,
+    held_out_side,
+    load_sources,
+    make_samples,
+    reporter,
+)
 from tunesmith.data.render import Renderer
 from tunesmith.data.samples import Counts, Part, PartWriter, Samples, whole
 from tunesmith.data.sources import Source, find_sources
 from tunesmith.errors import UserError
+from tunesmith.run_folder import write_text
 from tunesmith.types import Batch, Example
 
-KEPT_WINDOWS = 3
+EMPTY_WINDOWS = 100
+"""After so many in a row without a sample the stream is given up."""
 
 
 @dataclass
@@ -45,6 +55,10 @@ class Windows:
     _next: int = 0
     """The window that the reader stands before."""
     _ahead: tuple[int, Future[Samples]] | None = None
+    keep: int = 3
+    """Windows that stay in reach."""
+    _unread: Counts = field(default_factory=Counts)
+    """Records that could not be read since the last window."""
     _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenize"))
 
     def __call__(self, window: int) -> Samples:
@@ -54,7 +68,7 @@ class Windows:
             self._kept[number], self._ahead = made.result(), None
         if window not in self._kept:
             self._kept[window] = self._make(window)
-        for old in sorted(self._kept, key=lambda kept: kept == window)[:-KEPT_WINDOWS]:
+        for old in sorted(self._kept, key=lambda kept: kept == window)[: -self.keep]:
             del self._kept[old]
         if self._ahead is None and window + 1 not in self._kept:
             self._ahead = window + 1, self._worker.submit(self._make, window + 1)
@@ -65,8 +79,9 @@ class Windows:
             self._reader, self._next = self._examples(), 0
         while self._next < window:
             self._records()
+        self._unread.skipped, self._unread.first_skipped = 0, None
         examples = self._records()
-        counts = Counts()
+        counts = replace(self._unread)
         encoder = Encoder(self.renderer.tokenizer, fast=False)
         folder = Path(tempfile.mkdtemp(prefix="tunesmith-window-"))
         try:
@@ -76,9 +91,7 @@ class Windows:
             for chunk in make_samples(iter(examples), self.config, self.renderer, encoder, counts, report):
                 writer.add(*chunk)
             if not writer.num_samples:
-                raise UserError(
-                    f"{self.config.shown()}: window {window}: nothing to learn from in {len(examples)} records"
-                )
+                return Samples((), (), ())
             counts.notes, counts.conversations = dict(self.renderer.notes), self.renderer.conversations
             writer.close(counts)
             return whole([Part.open(folder)], [self.sources[0].config], self.renderer.processor)
@@ -86,7 +99,7 @@ class Windows:
             shutil.rmtree(folder)  # what is mapped stays readable
 
     def _records(self) -> list[Example]:
-        """The next window's: `shuffle_window` of them, or what is left of a pass, so that none comes twice in a window."""
+        """The next window's: `shuffle_window` of them, or what is left of a pass through sets that follow each other."""
         assert self._reader is not None
         records: list[Example] = []
         for example in self._reader:
@@ -102,7 +115,7 @@ class Windows:
 
         None stands between the passes through all sets.
         """
-        report = reporter(self.config, Counts())
+        report = reporter(self.config, self._unread)
         while self.config.mix == "concat":
             found = False
             for source in self.sources:
@@ -165,15 +178,18 @@ class StreamDataset:
         while True:
             if window == len(sizes):
                 sizes.append(len(self._training(window)))
+                if not any(sizes[-EMPTY_WINDOWS:]) and len(sizes) >= EMPTY_WINDOWS:
+                    raise UserError(f"{self.config.shown()}: {EMPTY_WINDOWS} windows without a sample to train on")
                 self.index.parent.mkdir(parents=True, exist_ok=True)
-                self.index.write_text(json.dumps(sizes))
+                write_text(self.index, json.dumps(sizes))
             if position < sizes[window]:
                 return window, int(permute([position], sizes[window], self.seed, window)[0])
             position -= sizes[window]
             window += 1
 
     def _sizes(self) -> list[int]:
-        return json.loads(self.index.read_text()) if self.index.is_file() else []
+        found: list[int] = json.loads(self.index.read_text()) if self.index.is_file() else []
+        return found
 
     def _training(self, window: int) -> Samples:
         samples = self.windows(window)
@@ -185,14 +201,24 @@ class StreamDataset:
         return samples
 
 
+def _size(file: str) -> str | None:
+    """What tells that a file has grown, without reading it: a stream is to start at once."""
+    return file_content(file) if "://" in file else str(Path(file).stat().st_size)
+
+
 def open_stream(run: RunConfig, renderer: Renderer) -> tuple[StreamDataset, Samples, Samples]:
     """The data set, the samples of its first window, and held-out samples: of data.eval_path, or from the first window."""
     config = run.data
     sources = [source for part in config.all_sets() for source in find_sources(part)]
     given = eval_sources(config)
     held_out = load_sources(given, config, renderer) if given else None
-    windows = Windows(config, renderer, sources)
+    windows = Windows(config, renderer, sources, keep=run.train.batch_size // config.shuffle_window + 3)
     first = windows(0)
+    if not len(first):
+        raise UserError(f"{config.shown()}: nothing to learn from in the first {config.shuffle_window} records")
+    contents = [_size(file) for source in sources for file in source.files]
+    of_all = hashlib.blake2b(json.dumps([first.fingerprint(), contents]).encode(), digest_size=16).hexdigest()
+    first = replace(first, parts=(replace(first.parts[0], fingerprint=of_all),))
     if held_out is None:
         held_out = first.select(held_out_side(first, config))
     facts = json.dumps([first.fingerprint(), config.model_dump(mode="json")])

@@ -242,3 +242,21 @@ def test_replacing_parts_keeps_the_others(tokenizer: Any) -> None:
     alone = [one(Encoder(tokenizer), marked) for marked in batch]
     assert parts(Encoder(tokenizer).encode(batch)) == alone
     assert parts(Encoder(tokenizer).encode([replace(m, plain=False) for m in batch]))[1] != alone[1]
+
+
+def test_a_beginning_that_the_text_has_already_is_not_doubled() -> None:
+    tokenizer = metaspace("first")
+    assert one(Encoder(tokenizer), Marked("<s>to be", 1.0, plain=True))[0].count(1) == 1
+
+
+def test_a_normalizer_whose_changes_cancel_in_bytes_is_seen() -> None:
+    """Two ohm signs lose a byte each, a combined accent gains two: the sum is that of the text."""
+    tokenizer = train_tokenizer()
+    tokenizer._tokenizer.normalizer = normalizers.NFC()
+    text = "\u2126\u2126 q \u0344 Hello"
+    start = text.index("Hello")
+    fast, slow = (
+        one(Encoder(tokenizer, fast), Marked(text, spans=((start, len(text), 1.0),))) for fast in (True, False)
+    )
+    assert fast == slow
+    assert learnt(tokenizer, fast) == "Hello"

@@ -418,7 +418,7 @@ def preference(name: str) -> None:
     [
         ("drop", [[1, 2, 3, 4], [1, 2, 5]], 2),
         ("right", [[1, 2, 3, 4], [1, 2, 5], [12, 13, 14, 15], [12, 17]], 1),
-        ("left", [[1, 2, 3, 4], [1, 2, 5], [7, 8, 9, 10], [7, 8, 9, 11], [13, 14, 15, 16], [12, 17]], 0),
+        ("left", [[1, 2, 3, 4], [1, 2, 5], [7, 8, 9, 10], [7, 8, 9, 11]], 1),
     ],
 )
 def test_pairs_are_cut_and_dropped_together(truncation: str, read: list[list[int]], dropped: int) -> None:
@@ -455,3 +455,17 @@ def test_counts_add_up() -> None:
     one = Counts(3, 1, 1, 0, "a:1", None, 2, {"x": 1})
     other = Counts(2, 0, 1, 4, "b:1", "bad", 1, {"x": 2, "y": 1})
     assert one + other == Counts(5, 1, 2, 4, "a:1", "bad", 3, {"x": 3, "y": 1})
+
+
+def test_a_folder_of_the_cache_that_is_not_whole_is_made_anew() -> None:
+    load(FEW)
+    [folder] = (cache_folder() / "data").iterdir()
+    (folder / "part.json").unlink()
+    assert len(load(FEW)[0]) == 3
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="the cache of tokenized data cannot be written"):
+        load(FEW)

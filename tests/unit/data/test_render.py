@@ -5,6 +5,7 @@ import pytest
 
 from tests.families import CHATML, train_tokenizer
 from tunesmith.config import DataConfig
+from tunesmith.data.encode import Encoder
 from tunesmith.data.render import Marked, Renderer
 from tunesmith.errors import DataError
 from tunesmith.types import Example, Message, Piece, Place, ToolCall
@@ -156,3 +157,33 @@ def test_a_stand_in_template_is_told() -> None:
     assert rendering.conversations == 1
     rendering.reset()
     assert (rendering.conversations, rendering.notes) == (0, {})
+
+
+def test_special_tokens_in_tools_call_names_and_tool_names_stay_text() -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t.function.name + ': ' + t.function.description + '\\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' + (m.name or '') + '\\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant \\n' }}{% endif %}"
+    )
+    bad = "x<|im_end|>"
+    example = Example(
+        PLACE,
+        messages=(
+            Message("user", "a"),
+            Message("assistant", "", tool_calls=(ToolCall(bad, {"a": 1}),)),
+            Message("tool", "b", name=bad),
+            Message("assistant", "c"),
+        ),
+        tools=({"type": "function", "function": {"name": "x", "description": bad}},),
+    )
+    marked = only(renderer(tokenizer).render(example))
+    assert [marked.text[a:b] for a, b in marked.literals] == ["<|im_end|>"] * 3
+    tokens, _ = marked_tokens(tokenizer, marked)
+    assert tokens.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
+
+
+def marked_tokens(tokenizer: Any, marked: Marked) -> tuple[list[int], list[float]]:
+    encoded = Encoder(tokenizer).encode([marked])
+    return encoded.tokens.tolist(), encoded.weights.tolist()

@@ -199,3 +199,48 @@ def test_a_run_on_a_stream_goes_on_to_the_same_bits(make_config: Callable[..., R
     assert whole.eval_losses[9] == resumed.eval_losses[9]
     losses = [event["loss"] for event in read_events(RunFolder(whole.folder).events) if event["event"] == "step"]
     assert losses[-1] < losses[0]
+
+
+def test_a_window_of_which_nothing_is_left_is_passed_over() -> None:
+    """Records 10 … 19 are longer than allowed."""
+    lines = [json.dumps({"text": " ".join([str(n)] * (20 if 10 <= n < 20 else 3))}) for n in range(30)]
+    Path("a.jsonl").write_text("\n".join(lines) + "\n")
+    data, *_ = opened(batch_size=5, truncation="drop")
+    seen = [number for step in range(4) for number in numbers(data(step))]
+    assert sorted(seen) == [*range(10), *range(20, 30)]
+
+
+def test_nothing_to_train_on_is_an_error_and_no_endless_search() -> None:
+    write("a.jsonl", 0, 40)
+    data, *_ = opened(eval_fraction=1.0)
+    with pytest.raises(UserError, match="100 windows without a sample to train on"):
+        data(0)
+
+
+def test_records_that_cannot_be_read_are_counted() -> None:
+    write("a.jsonl", 0, 10)
+    with Path("a.jsonl").open("a") as file:
+        file.write("{\n{\n")
+    _, first, _ = opened(bad_records="skip", shuffle_window=20)
+    assert (first.counts.records, first.counts.skipped) == (10, 2)
+
+
+def test_data_that_has_grown_is_other_data() -> None:
+    write("a.jsonl", 0, 40)
+    data, first, _ = opened()
+    data(5)
+    write("a.jsonl", 0, 41)
+    again, other, _ = opened()
+    assert other.fingerprint() != first.fingerprint()
+    assert again.index != data.index
+
+
+def test_a_batch_over_many_windows_reads_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("a.jsonl", 0, 400)
+    made: list[int] = []
+    make = stream.Windows._make
+    monkeypatch.setattr(stream.Windows, "_make", lambda self, window: (made.append(window), make(self, window))[1])
+    data, *_ = opened(batch_size=32, shuffle_window=8)
+    for step in range(6):
+        data(step)
+    assert len(made) == len(set(made))
