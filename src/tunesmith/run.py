@@ -13,9 +13,8 @@ from rich.console import Console
 from tunesmith.config import RunConfig
 from tunesmith.config_file import differing_keys
 from tunesmith.data.dataset import Dataset, evaluation_batches
-from tunesmith.data.prepare import Watch, eval_sources, unwatched
+from tunesmith.data.prepare import Watch, eval_sources, training_sources, unwatched
 from tunesmith.data.samples import Samples
-from tunesmith.data.sources import find_sources
 from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
 from tunesmith.engines import ENGINES, build_engine
@@ -162,8 +161,7 @@ def check(config: RunConfig) -> None:
     template = config.model.chat_template
     if template and template != "chatml" and not Path(template).is_file():
         raise UserError(f"model.chat_template: {template}: no such file; give a Jinja file, or chatml")
-    for part in config.data.all_sets():
-        find_sources(part)
+    training_sources(config.data)
     eval_sources(config.data)
     model_source(config.model)
 

@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tunesmith.config import RunConfig
 from tunesmith.config_file import dump_config, load_config
@@ -81,10 +82,17 @@ class RunFolder:
 
 def write_text(file: Path, text: str) -> None:
     """Write a whole file or nothing."""
+    with writing(file) as stream:
+        stream.write(text)
+
+
+@contextmanager
+def writing(file: Path, errors: str = "strict") -> Iterator[TextIO]:
+    """A stream for a text file that is put in place only when it is whole and on the disk."""
     aside = file.with_name(f".{file.name}.writing")
     try:
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with aside.open("w", encoding="utf-8", errors=errors) as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         aside.replace(file)

@@ -48,8 +48,7 @@ def unwatched(name: str, records: int) -> None:
 
 def load_samples(config: DataConfig, renderer: Renderer, watch: Watch = unwatched) -> tuple[Samples, Samples]:
     """Training and held-out samples. Raises UserError for the first record that cannot be used."""
-    sources = [source for part in config.all_sets() for source in find_sources(part)]
-    samples = load_sources(sources, config, renderer, watch)
+    samples = load_sources(training_sources(config), config, renderer, watch)
     if held_out_sources := eval_sources(config):
         return samples, first_by_content(
             load_sources(held_out_sources, config, renderer, watch), config.max_eval_samples
@@ -78,6 +77,11 @@ def held_out_side(samples: Samples, config: DataConfig) -> list[np.ndarray]:
         part.content[chosen] < held_out_below(config)
         for part, chosen in zip(samples.parts, samples.chosen, strict=True)
     ]
+
+
+def training_sources(config: DataConfig) -> list[Source]:
+    """The data to train on, of which a share may be held out."""
+    return [source for part in config.all_sets() for source in find_sources(part)]
 
 
 def eval_sources(config: DataConfig) -> list[Source]:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,11 @@ from tunesmith.data.prepare import (
     load_sources,
     make_samples,
     reporter,
+    training_sources,
 )
 from tunesmith.data.render import Renderer
 from tunesmith.data.samples import Counts, Part, PartWriter, Samples, whole
-from tunesmith.data.sources import Source, find_sources
+from tunesmith.data.sources import Source
 from tunesmith.errors import UserError
 from tunesmith.run_folder import write_text
 from tunesmith.types import Batch, Example
@@ -173,8 +175,7 @@ class StreamDataset:
 
     def _find(self, position: int) -> tuple[int, int]:
         """(window, sample in it) of a position in the stream."""
-        sizes = self._sizes()
-        window = 0
+        sizes, window = self._sizes, 0
         while True:
             if window == len(sizes):
                 sizes.append(len(self._training(window)))
@@ -187,16 +188,22 @@ class StreamDataset:
             position -= sizes[window]
             window += 1
 
+    @cached_property
     def _sizes(self) -> list[int]:
+        """Samples of each window so far."""
         found: list[int] = json.loads(self.index.read_text()) if self.index.is_file() else []
         return found
 
+    @cached_property
+    def _holds_out(self) -> bool:
+        """Whether a share of the stream itself is held out."""
+        return not eval_sources(self.config)
+
     def _training(self, window: int) -> Samples:
         samples = self.windows(window)
-        if not eval_sources(self.config):
+        if self._holds_out:
             samples = samples.select([~flags for flags in held_out_side(samples, self.config)])
-        sizes = self._sizes()
-        if window < len(sizes) and sizes[window] != len(samples):
+        if window < len(self._sizes) and self._sizes[window] != len(samples):
             raise UserError(f"{self.config.shown()}: the data has changed while it was streamed; remove {self.index}")
         return samples
 
@@ -209,7 +216,7 @@ def _size(file: str) -> str | None:
 def open_stream(run: RunConfig, renderer: Renderer) -> tuple[StreamDataset, Samples, Samples]:
     """The data set, the samples of its first window, and held-out samples: of data.eval_path, or from the first window."""
     config = run.data
-    sources = [source for part in config.all_sets() for source in find_sources(part)]
+    sources = training_sources(config)
     given = eval_sources(config)
     held_out = load_sources(given, config, renderer) if given else None
     windows = Windows(config, renderer, sources, keep=run.train.batch_size // config.shuffle_window + 3)

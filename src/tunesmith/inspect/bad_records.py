@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from tunesmith.data.sources import Source, read_records
 from tunesmith.errors import DataError, UserError
 from tunesmith.inspect.tally import Tally
+from tunesmith.run_folder import writing
 from tunesmith.types import Place
 
 ROLE_KEYS = ("role", "from")
@@ -58,21 +58,13 @@ def write_quarantine(file: Path, sources: list[Source], bad: dict[Place, str]) -
     """
     if not bad:
         return 0
-    aside = file.with_name(f".{file.name}.writing")
-    try:
-        with aside.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-            number = 0
-            for source in sources:
-                for place, record in _bad_records(source, bad):
-                    line = {"error": bad[place], "file": place.file, "line": place.line, "record": record}
-                    stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-                    number += 1
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"{file}: could not be written: {error}") from error
+    number = 0
+    with writing(file, errors="backslashreplace") as stream:
+        for source in sources:
+            for place, record in _bad_records(source, bad):
+                line = {"error": bad[place], "file": place.file, "line": place.line, "record": record}
+                stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                number += 1
     return number
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from tunesmith.config import DataConfig, RunConfig
 from tunesmith.data.encode import FastDisagrees
 from tunesmith.data.examples import read_examples
-from tunesmith.data.prepare import Watch, eval_sources, held_out_below, make_samples, unwatched
-from tunesmith.data.sources import Source, find_sources
+from tunesmith.data.prepare import Watch, eval_sources, held_out_below, make_samples, training_sources, unwatched
+from tunesmith.data.sources import Source
 from tunesmith.display import reading
 from tunesmith.errors import UserError
 from tunesmith.inspect.bad_records import Errors, write_quarantine
@@ -73,7 +73,7 @@ def check(config: RunConfig, limit: int = 50, quarantine: Path | None = None, pn
 
 def examine(config: RunConfig, errors: Errors, watch: Watch = unwatched) -> tuple[Findings, list[Source]]:
     """Read all data sets as a run with this configuration would, but for the weights."""
-    training = [source for part in config.data.all_sets() for source in find_sources(part)]
+    training = training_sources(config.data)
     held_out = eval_sources(config.data)
     config, renderer = build_renderer(config)
     compare = bool(held_out) or config.data.eval_fraction > 0

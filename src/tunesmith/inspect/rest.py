@@ -11,10 +11,9 @@ import numpy as np
 from tunesmith.config import DataConfig
 from tunesmith.data.encode import Encoder
 from tunesmith.data.examples import read_examples
-from tunesmith.data.prepare import eval_sources
+from tunesmith.data.prepare import eval_sources, training_sources
 from tunesmith.data.render import Renderer
 from tunesmith.data.samples import sequences_of
-from tunesmith.data.sources import find_sources
 from tunesmith.errors import DataError, UserError
 from tunesmith.types import Example, Place
 
@@ -43,8 +42,7 @@ class Rest:
     def read(self, places: Collection[Place]) -> None:
         """Read these records, if samples can have been cut at all."""
         missing = set(places) - set(self.whole)
-        sources = [source for part in self.config.all_sets() for source in find_sources(part)]
-        for source in [*sources, *eval_sources(self.config)]:
+        for source in [*training_sources(self.config), *eval_sources(self.config)]:
             if not missing:
                 return
             with contextlib.suppress(UserError):  # a record after those wanted may be bad
