@@ -46,13 +46,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pat
     """family → folder of a tiny random model with the tokenizer, made once."""
     made: dict[str, Path] = {}
 
-    def folder(family: str = "llama") -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            make_model(family).save_pretrained(made[family])
+    def folder(family: str = "llama", seed: int = 0) -> Path:
+        name = f"{family}{seed or ''}"
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            make_model(family, seed=seed).save_pretrained(made[name])
             for file in tokenizer_folder.iterdir():
-                (made[family] / file.name).write_bytes(file.read_bytes())
-        return made[family]
+                (made[name] / file.name).write_bytes(file.read_bytes())
+        return made[name]
 
     return folder
 
@@ -70,6 +71,74 @@ def chat_file(tmp_path: Path) -> Path:
     ]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file
+
+
+def _turns(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+
+
+def _records(form: str) -> list[dict[str, Any]]:
+    """24 records that every objective of this form can learn in a few steps."""
+    if form == "pairs":
+        return [
+            {
+                "prompt": turns["prompt"],
+                "chosen": turns["completion"],
+                "rejected": [{"role": "assistant", "content": "No." * (1 + n % 4)}],
+            }
+            for n, turns in enumerate(_turns(*chat) for chat in CHATS)
+        ]
+    if form == "feedback":
+        return [
+            _turns(question, answer if n % 3 else "No.") | {"label": bool(n % 3)}
+            for n, (question, answer) in enumerate(CHATS)
+        ]
+    if form == "choices":
+        return [
+            {"text": question if n % 2 else answer, "label": "odd" if n % 2 else "even"}
+            for n, (question, answer) in enumerate(CHATS)
+        ]
+    if form == "steps":
+        return [
+            {
+                "prompt": question,
+                "completions": ["And so on.", "No."] if n % 2 else [answer],
+                "labels": [True, False] if n % 2 else [True],
+            }
+            for n, (question, answer) in enumerate(CHATS)
+        ]
+    return [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in CHATS
+    ]
+
+
+@pytest.fixture
+def data_of_form(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Form of an objective's samples → a data section with a file of 24 such records."""
+
+    def section(form: str) -> dict[str, Any]:
+        file = tmp_path / f"{form}.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in _records(form)))
+        return {"path": str(file)} | ({"labels": ["even", "odd"]} if form == "choices" else {})
+
+    return section
+
+
+@pytest.fixture
+def objective_sections(
+    data_of_form: Callable[[str], dict[str, Any]], model_folder: Callable[..., Path]
+) -> Callable[[str], dict[str, Any]]:
+    """Name of an objective → sections of a configuration with which it can run: itself and its data."""
+
+    def sections(name: str) -> dict[str, Any]:
+        from tunesmith.objectives import OBJECTIVES
+
+        kind = OBJECTIVES[name]
+        teacher = {"teacher": str(model_folder("llama", seed=1))} if "teacher" in kind.needs else {}
+        return {"objective": {"name": name, **teacher}, "data": data_of_form(kind.form)}
+
+    return sections
 
 
 @pytest.fixture

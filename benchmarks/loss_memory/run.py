@@ -23,7 +23,8 @@ from common import print_machine
 from torch import nn
 
 from tunesmith.engines.single import keep_freed_memory
-from tunesmith.models.score import Head, token_logprobs
+from tunesmith.models.head import Head, Targets, score_targets
+from tunesmith.types import Wanted
 
 
 def measure(side: str, trained: bool, tokens: int, hidden: int, vocabulary: int) -> dict[str, float]:
@@ -38,7 +39,8 @@ def measure(side: str, trained: bool, tokens: int, hidden: int, vocabulary: int)
         start = perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
             if side == "chunked":
-                loss = -token_logprobs(states, target, Head(linear)).sum() / tokens
+                wanted = Wanted(is_likelihood=True)
+                loss = -score_targets(states, Head(linear), Targets(target, wanted))[0].sum() / tokens
             else:
                 loss = nn.functional.cross_entropy(linear(states).float(), target)
         loss.backward()

@@ -10,9 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tunesmith.config_data import DataConfig, SetConfig
+from tunesmith.config_objectives import AnyObjective, PretrainConfig, SftConfig
 from tunesmith.config_section import Count, PathSection, PositiveInt, Section, Share
 
-__all__ = ["DataConfig", "RunConfig", "Section", "SetConfig"]
+__all__ = ["DataConfig", "PretrainConfig", "RunConfig", "Section", "SetConfig", "SftConfig"]
 
 
 class ModelConfig(PathSection):
@@ -30,18 +31,6 @@ class ModelConfig(PathSection):
     """A Jinja file, or `chatml`, to use in place of the tokenizer's own chat template."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
-
-
-class SftConfig(Section):
-    """Supervised fine-tuning: loss on the assistant's turns (or on completions)."""
-
-    name: Literal["sft"] = "sft"
-
-
-class PretrainConfig(Section):
-    """Language modelling: loss on all tokens."""
-
-    name: Literal["pretrain"] = "pretrain"
 
 
 class FullConfig(Section):
@@ -109,7 +98,7 @@ class OptimizerSection(Section):
     lr_factor: ClassVar[float] = 1.0
     """Default learning rate of this optimizer over AdamW's."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate. Default: by method (lora 2e-4, freeze 5e-5, full 2e-5) and optimizer."""
+    """Peak learning rate. Default: by method (lora 2e-4, freeze 5e-5, full 2e-5), objective and optimizer."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay; never on norms, biases and other vectors."""
 
@@ -278,7 +267,7 @@ def _named(default: str) -> BeforeValidator:
     return BeforeValidator(name)
 
 
-Objective = Annotated[SftConfig | PretrainConfig, Field(discriminator="name"), _named("sft")]
+Objective = Annotated[AnyObjective, Field(discriminator="name"), _named("sft")]
 Method = Annotated[FullConfig | FreezeConfig | LoraConfig, Field(discriminator="name"), _named("lora")]
 Optimizer = Annotated[
     AdamWConfig | AdamW8bitConfig | SgdConfig | AdafactorConfig | MuonConfig | LionConfig,
@@ -320,6 +309,11 @@ class RunConfig(Section):
     def _goes_together(self) -> Self:
         if self.data.stream and not self.train.steps:
             raise ValueError("data.stream: nobody knows how long an epoch of a stream is: set train.steps")
+        for setting in ("reference", "scores"):
+            if self.data.stream and getattr(self.objective, setting, None) == "precompute":
+                raise ValueError(
+                    f"objective.{setting}: precompute needs all data before training, not a stream; use live"
+                )
         return self
 
     @model_validator(mode="after")
@@ -327,7 +321,7 @@ class RunConfig(Section):
         """Settings whose default follows from others; what is saved and shown is always the number in use."""
         filled: dict[str, Section] = {}
         if self.optimizer.lr is None:
-            lr = self.method.default_lr * self.optimizer.lr_factor
+            lr = self.method.default_lr * self.objective.lr_factor * self.optimizer.lr_factor
             filled["optimizer"] = self.optimizer.model_copy(update={"lr": float(f"{lr:.3g}")})
         if self.data.truncation == "auto":
             policy = "split" if self.objective.name == "pretrain" else "right"

@@ -11,7 +11,7 @@ from tunesmith.config_section import PathSection, PositiveInt, Share
 
 FormatName = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text",
-    "preference", "unpaired", "prompt_answer", "classification",
+    "preference", "unpaired", "steps", "prompt_answer", "classification",
 ]  # fmt: skip
 
 
@@ -94,6 +94,8 @@ class DataConfig(SetConfig):
     pack: bool | None = None
     """Several sequences in one row, attention kept apart. Speed only: the update is the same either way.
     Default: on accelerators; on a CPU attention over the longer row costs more than the padding that it saves."""
+    share_prompt: bool = True
+    """With preference pairs: what both begin with goes through the model once, where the model allows it. Speed only."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -60,8 +60,9 @@ def reading(console: Console) -> Iterator[Callable[[str, int], None]]:
 class Progress:
     """The line that moves: step, loss, tokens/s, memory, elapsed and remaining time."""
 
-    def __init__(self, console: Console, steps: int, start: int) -> None:
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console, steps: int, start: int, shows: Sequence[str] = ()) -> None:
+        """`shows`: metrics that stand beside the loss."""
+        self.console, self.steps, self.shows = console, steps, shows
         self.last_line = 0.0
         self.bar = Bar(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
@@ -71,8 +72,9 @@ class Progress:
 
     def step(self, step: int, event: Mapping[str, Any]) -> None:
         """Show a step event."""
+        shown = "".join(f"{name} {event[name]:.3f}  " for name in self.shows if name in event)
         facts = (
-            f"loss {event['loss']:.4f}  {short_number(event['tokens_per_s'])} tokens/s  "
+            f"loss {event['loss']:.4f}  {shown}{short_number(event['tokens_per_s'])} tokens/s  "
             f"{short_bytes(event['memory_bytes'])}"
         )
         self.bar.update(self.task, completed=step, description=facts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,28 +39,57 @@ class Learner:
 
         def loss_fn(micro_batch: Batch) -> tuple[Tensor, Metrics]:
             micro_batch = micro_batch.to(self.engine.device)
-            scores = self.engine.score(self.model, micro_batch, objective.reads)
+            scores = self.engine.score(self.model, micro_batch, objective.wanted)
             loss, metrics = objective.loss(scores, micro_batch)
-            return loss / count, {name: value / count for name, value in metrics.items()}
+            return loss / count, metrics
 
-        metrics = self.method.step(loss_fn, batch.split(self.micro_batch_tokens), lr)
+        metrics = quotients(self.method.step(loss_fn, batch.split(self.micro_batch_tokens), lr))
+        objective.update(metrics)
         tokens = {"target_tokens": (batch.weights_BT != 0).sum(), "tokens": batch.num_tokens()}
         return metrics | {name: self.engine.sum(number) for name, number in tokens.items()}
 
     @torch.no_grad()
-    def evaluate(self, objective: Objective, batches: Iterable[Batch]) -> Metrics:
+    def evaluate(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:
         """The objective's loss and metrics over held-out batches, without a step."""
         self.model.eval()
         sums: Metrics = {}
         for batch in batches:
-            batch = self.engine.shard(batch)
-            for micro_batch in batch.split(self.micro_batch_tokens):
-                micro_batch = micro_batch.to(self.engine.device)
-                scores = self.engine.score(self.model, micro_batch, objective.reads)
-                loss, metrics = objective.loss(scores, micro_batch)
-                for name, value in {"count": objective.count(micro_batch), "loss": loss, **metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + value.cpu().double()
+            for ready in objective.prepare(self.engine.shard(batch), helpers):
+                for micro_batch in ready.split(self.micro_batch_tokens):
+                    micro_batch = micro_batch.to(self.engine.device)
+                    scores = self.engine.score(self.model, micro_batch, objective.wanted)
+                    loss, metrics = objective.loss(scores, micro_batch)
+                    total = torch.stack([loss, objective.count(micro_batch).to(loss)])
+                    for name, value in {"loss": total, **metrics}.items():
+                        sums[name] = sums.get(name, 0.0) + value.cpu().double()
         self.model.train()
-        totals = {name: self.engine.sum(value) for name, value in sums.items()}
-        count = totals.pop("count")
-        return {name: value / count for name, value in totals.items()}
+        return quotients({name: self.engine.sum(value) for name, value in sums.items()})
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, at_start: bool = False) -> Tensor:
+        """Log-probabilities of the batch's targets without gradient and dropout, [B, T] on the CPU.
+
+        `at_start`: of the model as it was before training.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        with self.method.at_start() if at_start else nullcontext():
+            found = logprobs_of(self.model, self.engine, batch, self.micro_batch_tokens)
+        self.model.train(was_training)
+        return found
+
+
+def logprobs_of(model: Any, engine: SingleEngine, batch: Batch, micro_batch_tokens: int) -> Tensor:
+    """Log-probabilities of a whole batch's targets, micro-batch by micro-batch, [B, T] on the CPU."""
+    pieces = [engine.score(model, part.to(engine.device)).logprobs_BT for part in batch.split(micro_batch_tokens)]
+    width = batch.tokens_BT.shape[1]
+    return torch.cat([torch.nn.functional.pad(piece, (0, width - piece.shape[1])).cpu() for piece in pieces])
+
+
+def quotients(metrics: Mapping[str, Tensor]) -> Metrics:
+    """(sum, count) pairs divided; those of which nothing was counted are left out."""
+    return {
+        name: value[0] / value[1] if value.ndim else value
+        for name, value in metrics.items()
+        if not value.ndim or value[1] != 0
+    }

@@ -34,12 +34,13 @@ def describe(run: Run) -> list[tuple[str, str]]:
     weights_bytes = sum(elements * size for elements, size in parameters.values())
     held = weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
     alone = "one sequence a row" + (" (this model cannot keep two apart)" if config.data.pack else "")
-    packing = "packed" if run.pack else alone
+    packing = ("packed" if run.pack else alone) + (", shared prompts once" if run.share else "")
     update = f"{config.optimizer.name}, {config.schedule.name}, lr {config.optimizer.lr:g}"
     return [
         ("model", f"{config.model.path} · {short_number(total)} parameters · {config.model.precision}"),
         ("method", f"{config.method.name} · {short_number(active)} parameters train ({active / total:.2%})"),
         ("objective", f"{config.objective.name} · {samples.target_share():.0%} of the tokens are targets"),
+        *[(name, text) for name, helper in run.helpers.items() if (text := helper.describe())],
         ("data", f"{config.data.shown()} · {len(samples)} samples{lost(counts)} · {len(run.held_out)} held out"),
         *[("", f"{number} {note}") for note, number in counts.notes.items()],
         ("tokens", f"{short_number(num_tokens)} {epoch} · longest {samples.lengths().max()} · {packing}"),
@@ -73,6 +74,9 @@ def manifest(run: Run, facts: list[tuple[str, str]]) -> dict[str, Any]:
         "data_fingerprint": run.samples.fingerprint(),
         "held_out_fingerprint": run.held_out.fingerprint(),
         "packed": run.pack,
+        "shared_prompts": run.share,
+        "loss_unit": run.objective.unit,
+        "shows": list(run.objective.shows),
         "header": facts,
     }
 

@@ -16,25 +16,30 @@ def write_report(folder: RunFolder) -> None:
     steps = [event for event in events if event["event"] == "step"]
     evals = [event for event in events if event["event"] == "eval"]
     if steps:
-        _picture(steps, evals, folder.path / "loss.png")
+        _picture(steps, evals, folder.path / "loss.png", folder.read_manifest())
     write_text(folder.path / "report.md", _text(folder, steps, evals, folder.read_manifest()))
 
 
-def _picture(steps: list[dict[str, Any]], evals: list[dict[str, Any]], file: Path) -> None:
+def _picture(steps: list[dict[str, Any]], evals: list[dict[str, Any]], file: Path, manifest: dict[str, Any]) -> None:
+    """The loss over the steps, and beside it each metric that the objective shows."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    at, losses = [event["step"] for event in steps], [event["loss"] for event in steps]
-    axes.plot(at, losses, color="#9ecae1", linewidth=1, label="training loss")
-    axes.plot(at, _smooth(losses), color="#2171b5", linewidth=2, label="smoothed")
-    if evals:
-        line = "o-" if len(evals) > 2 else "o"  # two points: a line would tell of what was not measured
-        axes.plot([e["step"] for e in evals], [e["loss"] for e in evals], line, color="#d94801", label="held-out loss")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per target token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    names = ["loss", *(name for name in manifest.get("shows", []) if any(name in event for event in steps))]
+    figure = Figure(figsize=(8 if len(names) == 1 else 5.5 * len(names), 4.5), layout="constrained")
+    for number, name in enumerate(names, start=1):
+        axes = figure.add_subplot(1, len(names), number)
+        trained, held_out = ([event for event in events if name in event] for events in (steps, evals))
+        at, values = [event["step"] for event in trained], [event[name] for event in trained]
+        axes.plot(at, values, color="#9ecae1", linewidth=1, label=f"training {name}")
+        axes.plot(at, _smooth(values), color="#2171b5", linewidth=2, label="smoothed")
+        if held_out:
+            line = "o-" if len(held_out) > 2 else "o"  # two points: a line would tell of what was not measured
+            held = [event[name] for event in held_out]
+            axes.plot([event["step"] for event in held_out], held, line, color="#d94801", label=f"held-out {name}")
+        axes.set_xlabel("step")
+        axes.set_ylabel(f"loss ({manifest.get('loss_unit', 'nats per target token')})" if name == "loss" else name)
+        axes.grid(alpha=0.3)
+        axes.legend()
     aside = file.with_name(".loss.writing.png")
     figure.savefig(aside, dpi=120)
     aside.replace(file)
@@ -56,13 +61,16 @@ def _text(folder: RunFolder, steps: list[dict[str, Any]], evals: list[dict[str, 
     if steps:
         speed = short_number(median(event["tokens_per_s"] for event in steps))
         lines.append(f"- **steps**: {steps[-1]['step']}, at {speed} tokens/s (median)")
-        lines.append(f"- **training loss**: {steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f}")
+        for name in ["loss", *manifest.get("shows", [])]:
+            found = [event[name] for event in steps if name in event]
+            lines += [f"- **training {name}**: {found[0]:.4f} → {found[-1]:.4f}"] if found else []
         lines.append(f"- **memory**: {short_bytes(max(event['memory_bytes'] for event in steps))} at most")
     if evals:
         first, last = evals[0], evals[-1]
-        lines.append(
-            f"- **held-out loss**: {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}"
-        )
+        for name in ["loss", *(name for name in manifest.get("shows", []) if name in first and name in last)]:
+            lines.append(
+                f"- **held-out {name}**: {first[name]:.4f} at step {first['step']}, {last[name]:.4f} at step {last['step']}"
+            )
     else:
         lines.append("- **held-out loss**: not measured: no sample was held out (data.eval_path, data.eval_fraction)")
     if steps:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from tunesmith.config import RunConfig
+from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.config_file import differing_keys
-from tunesmith.data.dataset import Dataset, evaluation_batches
+from tunesmith.data.dataset import Dataset, EvaluationBatches, evaluation_batches
 from tunesmith.data.prepare import Watch, eval_sources, training_sources, unwatched
 from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset
@@ -21,15 +23,17 @@ from tunesmith.engines import ENGINES, build_engine
 from tunesmith.engines.checkpoint import load_newest
 from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
+from tunesmith.helpers import build_helpers
 from tunesmith.hooks import Checkpoint, Evaluate, Log
 from tunesmith.interrupt import StopRequest
 from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
 from tunesmith.manifest import describe, manifest, weights_hash
 from tunesmith.methods import METHODS, NonFiniteError, build_method
-from tunesmith.models.load import load_model, model_source
-from tunesmith.models.probe import isolates_sequences
-from tunesmith.objectives import OBJECTIVES, Objective, build_objective
+from tunesmith.models.load import load_model, model_source, padding_token
+from tunesmith.models.probe import attention_span, isolates_sequences, shares_prefixes
+from tunesmith.models.score import has_router
+from tunesmith.objectives import Objective, build_objective
 from tunesmith.report import write_report
 from tunesmith.run_data import open_data
 from tunesmith.run_folder import EventLog, RunFolder, write_folder
@@ -53,6 +57,10 @@ class Run:
     learner: Learner
     pack: bool
     """Whether sequences share rows: asked for, and the model keeps them apart."""
+    share: bool
+    """Whether what both of a pair begin with goes through the model once: asked for, and the model allows it."""
+    helpers: Mapping[str, Any]
+    """What the objective needs beside the model."""
     data: Dataset | StreamDataset
     steps: int
 
@@ -90,17 +98,17 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     assert config.optimizer.lr is not None, "RunConfig fills it"
     events = EventLog(folder.events, folder.path / "tensorboard" if _wants_tensorboard(config) else None)
     events.write("resume" if resume else "start", step=start, steps=run.steps)
-    progress = Progress(console, run.steps, start)
+    progress = Progress(console, run.steps, start, run.objective.shows)
     log = Log(events, progress, config.log.every_steps)
-    held_out = evaluation_batches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack)
-    evaluate = Evaluate(run.objective, held_out, log, config.evaluate.every_steps)
-    checkpoint = Checkpoint(folder, log, config.checkpoint, saved=start)
+    held_out = evaluation_batches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack, run.share)
+    evaluate = Evaluate(run.objective, run.helpers, held_out, log, config.evaluate.every_steps)
+    checkpoint = Checkpoint(folder, log, config.checkpoint, run.objective, saved=start)
     with progress, StopRequest() as stop:
         if start == 0:
             evaluate.measure(0, learner)
         try:
             step = run_loop(
-                learner, run.objective, {}, run.data, build_schedule(config.schedule, config.optimizer.lr, run.steps),
+                learner, run.objective, run.helpers, run.data, build_schedule(config.schedule, config.optimizer.lr, run.steps),
                 steps=run.steps, start=start, seed=config.seed, hooks=[log, evaluate, checkpoint], stop=stop,
             )  # fmt: skip
         except NonFiniteError as error:
@@ -142,7 +150,7 @@ def _with(config: RunConfig, section: str, **settings: Any) -> RunConfig:
 def check(config: RunConfig) -> None:
     """All that can be known without loading weights. Raises UserError."""
     objective, method, engine = (
-        OBJECTIVES[config.objective.name],
+        build_objective(config.objective),
         METHODS[config.method.name],
         ENGINES[config.engine.name],
     )
@@ -164,6 +172,12 @@ def check(config: RunConfig) -> None:
     training_sources(config.data)
     eval_sources(config.data)
     model_source(config.model)
+    for setting in ("reference_model", "teacher"):
+        if path := getattr(config.objective, setting, None):
+            try:
+                model_source(ModelConfig(path=path))
+            except UserError as error:
+                raise UserError(f"objective.{setting}: {error}") from error
 
 
 def build(config: RunConfig, watch: Watch = unwatched) -> Run:
@@ -177,21 +191,43 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
         tokenizer.chat_template = None  # the model will not know it
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
-    model = load_model(config.model, torch.bfloat16 if precision == "bf16" else torch.float32)
-    _check_fits(config, model, samples, held_out)
+    objective = build_objective(config.objective)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = load_model(config.model, dtype, objective.head, objective.num_labels)
+    _check_fits(config, model, objective, samples, held_out)
     pack = config.data.pack if config.data.pack is not None else device.type != "cpu"
     pack = pack and data.can_pack and isolates_sequences(model)
+    share = (
+        config.data.share_prompt
+        and objective.form == "pairs"
+        and data.can_pack
+        and _may_share(model, samples, held_out)
+    )
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
     learner = Learner(
         model, build_engine(config.engine, precision), build_method(config), config.train.micro_batch_tokens
     )
-    batches = replace(data.batches, pack=pack)
-    objective = build_objective(config.objective)
-    return Run(config, tokenizer, objective, samples, held_out, learner, pack, batches, data.steps)
+    batches = replace(data.batches, pack=pack, share=share)
+    size = (config.train.batch_size, config.data.max_tokens, pack, share)
+    every = chain.from_iterable(EvaluationBatches(part, *size) for part in (samples, held_out) if len(part))
+    fingerprint = samples.fingerprint() + held_out.fingerprint()
+    helpers = build_helpers(config, objective, learner, every, fingerprint, watch)
+    return Run(config, tokenizer, objective, samples, held_out, learner, pack, share, helpers, batches, data.steps)
 
 
-def _check_fits(config: RunConfig, model: Any, *sets: Samples) -> None:
-    """Positions and token ids that the model knows. Raises UserError."""
+def _may_share(model: Any, *sets: Samples) -> bool:
+    """Whether continuations of one beginning can stand in a row: the model obeys a mask, and sees as far as sequences are long."""
+    span, longest = attention_span(model), max(int(part.lengths().max()) for part in sets if len(part))
+    return (span is None or longest <= span) and shares_prefixes(model)
+
+
+def _check_fits(config: RunConfig, model: Any, objective: Objective, *sets: Samples) -> None:
+    """Positions and token ids that the model knows, and experts where they are to be balanced. Raises UserError."""
+    if "router" in objective.reads and not has_router(model):
+        raise UserError(
+            f"objective.router_loss: {type(model).__name__} is no mixture of experts that tells where it sends its tokens; set "
+            "it to 0"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     rows = model.get_input_embeddings().weight.shape[0]
     for samples in sets:
@@ -223,6 +259,7 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
     step, state = found
     if step > run.steps:
         raise UserError(f"train.steps: {run.steps} are to be done, but {folder.path} has done {step}; ask for more")
+    run.objective.load_state_dict(state.pop("objective", {}))
     run.learner.method.load_state_dict(state)
     return step
 
@@ -231,6 +268,8 @@ def _save_model(run: Run, folder: Path) -> None:
     run.learner.method.save(folder)
     if run.samples.processor is not None:
         run.samples.processor.save(folder)
+    if run.objective.head != "language":  # transformers finds a text's end by the padding behind it
+        run.tokenizer.pad_token = run.tokenizer.convert_ids_to_tokens(padding_token(run.tokenizer))
     run.tokenizer.save_pretrained(folder)
 
 

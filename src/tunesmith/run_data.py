@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from tunesmith.config import RunConfig
 from tunesmith.data.dataset import Dataset
+from tunesmith.data.forms import check_labels
 from tunesmith.data.prepare import Watch, load_samples, unwatched
 from tunesmith.data.render import Renderer
 from tunesmith.data.samples import Samples
@@ -46,6 +47,7 @@ def open_data(config: RunConfig, watch: Watch = unwatched) -> RunData:
         assert wanted.steps, "RunConfig asks for it"
         return RunData(config, renderer, samples, held_out, stream, wanted.steps)
     samples, held_out = load_samples(config.data, renderer, watch)
+    check_labels(samples, renderer.form, config.data)
     data = Dataset(samples, config.data, wanted.batch_size, pack=False, seed=config.seed)
     seen = max(1, round(wanted.epochs * data.epoch_samples))
     steps = wanted.steps or math.ceil(seen / wanted.batch_size)
@@ -63,5 +65,5 @@ def build_renderer(config: RunConfig) -> tuple[RunConfig, Renderer]:
     if config.data.date is None and "strftime_now" in str(tokenizer.chat_template):
         today = {"date": datetime.date.today()}
         config = config.model_copy(update={"data": config.data.model_copy(update=today)})
-    objective = OBJECTIVES[config.objective.name]
-    return config, Renderer(tokenizer, config.data, objective.learns_all, objective.pairs, ours, processor=processor)
+    form = OBJECTIVES[config.objective.name].form
+    return config, Renderer(tokenizer, config.data, form, ours, processor=processor)

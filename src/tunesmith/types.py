@@ -6,13 +6,18 @@ the same record with one sequence a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Form = Literal["answers", "text", "pairs", "feedback", "choices", "steps"]
+"""What a sample is: a sequence of which answers are learnt, or all; a preference pair, the chosen sequence first; an answer
+marked as desirable or not; a question with one answer of several; a solution whose steps are marked as right or wrong."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,14 @@ class Example:
     """Unpaired feedback on the last answer (KTO)."""
     answer: str | None = None
     """What a verifier compares a generated answer with."""
+    margin: float | None = None
+    """Of a preference pair by how much the better answer is better, where the data says so."""
     choices: tuple[str, ...] = ()
     """Classification: the words of all classes; the last answer is the right one of them."""
+    steps: tuple[tuple[str, bool], ...] = ()
+    """Process supervision: the steps of the last answer, and whether each is right. The answer is these steps joined."""
+    columns: tuple[str, ...] = ()
+    """Keys of the record, for error messages."""
     folder: str = ""
     """Where relative paths of media start."""
 
@@ -124,17 +135,64 @@ class Batch:
     """What the model reads of each sequence beside its tokens: a processor's tensors. Empty if no sequence has any; if one
     has, each sequence has a row of its own."""
 
+    parent_N: Tensor | None = None
+    """int64: the sequence whose first `prefix_N` tokens this one shares; they stand in the row once, as its parent's.
+    Itself where it shares none. None: nothing is shared in this batch."""
+    prefix_N: Tensor | None = None
+    """int64 number of tokens shared with the parent. A sequence's own tokens count their positions on from there."""
+    token_columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """What an objective asked for about tokens, [B, T, …]: the reference's log-probabilities, a teacher's distribution."""
+    sequence_columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the data or an objective says about sequences, [N, …]. From the data: `label`, float32 (margin of a pair, 1 or 0
+    for desirable or not, number of the right class)."""
+
     def to(self, device: Any) -> Batch:
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "media_N"}
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """All tensors changed."""
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Mapping):
+                changed[name] = {key: change(x) for key, x in value.items()}
+            elif isinstance(value, tuple):
+                changed[name] = tuple({key: change(x) for key, x in media.items()} for media in value)
+            else:
+                changed[name] = None if value is None else change(value)
+        return replace(self, **changed)
+
+    def with_columns(
+        self, tokens: Mapping[str, Tensor] | None = None, sequences: Mapping[str, Tensor] | None = None
+    ) -> Batch:
+        """The batch with further columns."""
         return replace(
             self,
-            **{name: column.to(device, non_blocking=True) for name, column in columns.items()},
-            media_N=tuple({k: x.to(device, non_blocking=True) for k, x in media.items()} for media in self.media_N),
+            token_columns={**self.token_columns, **(tokens or {})},
+            sequence_columns={**self.sequence_columns, **(sequences or {})},
         )
 
     def num_tokens(self) -> Tensor:
         """Tokens that are not padding; int64 scalar."""
         return (self.sequence_BT >= 0).sum()
+
+    def sequences(self) -> list[tuple[Tensor, Tensor]]:
+        """(tokens, weights) of each of the N sequences, whole, also where its beginning stands in its parent's place; empty for
+        those that are not in this micro-batch."""
+        import torch  # configurations are read, and this module with them, without it
+
+        rows, columns = (self.sequence_BT >= 0).nonzero(as_tuple=True)
+        sequence = self.sequence_BT[rows, columns]
+        order = sequence.argsort(stable=True)
+        sizes = sequence.bincount(minlength=len(self.sample_N)).tolist()
+        tokens, weights = (x[rows, columns][order].split(sizes) for x in (self.tokens_BT, self.weights_BT))
+        found = list(zip(tokens, weights, strict=True))
+        if self.parent_N is None or self.prefix_N is None:
+            return found
+        for n, (parent, prefix) in enumerate(zip(self.parent_N.tolist(), self.prefix_N.tolist(), strict=True)):
+            if prefix and len(found[n][0]):
+                of_parent, own = found[parent], found[n]
+                found[n] = torch.cat([of_parent[0][:prefix], own[0]]), torch.cat([of_parent[1][:prefix], own[1]])
+        return found
 
     def row_ends(self) -> list[int]:
         """For each row the column after its last token."""
@@ -152,6 +210,7 @@ class Batch:
             positions_BT=self.positions_BT[used],
             sequence_BT=self.sequence_BT[used],
             weights_BT=self.weights_BT[used],
+            token_columns={name: column[used] for name, column in self.token_columns.items()},
         )
 
     def split(self, micro_batch_tokens: int) -> list[Batch]:
@@ -174,12 +233,45 @@ class Batch:
         return bool((self.group_N[above.max()] == self.group_N[below]).any())
 
 
+TokenTerm = Callable[["Tensor", "Tensor", Mapping[str, "Tensor"]], "Tensor"]
+"""A number about each target token, made while its logits exist: (logits [n, V] in at least fp32, the tokens [n], the
+batch's token columns at them [n, …]) → [n]. It must not depend on how targets are put together."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an objective asks of a forward pass beside the log-probabilities."""
+
+    token_loss: TokenTerm | None = None
+    """A loss of its own for each token; its gradient then replaces that of the log-probabilities."""
+    observed: Mapping[str, TokenTerm] = field(default_factory=dict)
+    """Further numbers about each target, without gradient; made of log-probabilities in place of logits."""
+    values: bool = False
+    """What the model's value head says at every token."""
+    router: bool = False
+    """How unevenly a mixture of experts spreads its tokens."""
+    embedding_noise: float = 0.0
+    """NEFTune's alpha: noise on the embeddings while training."""
+    is_likelihood: bool = False
+    """Whether the loss weighs the log-probabilities (or token losses) by a multiple of the batch's weights. If so, the
+    gradient of a trained head is taken in the forward pass, and its product with the vocabulary done once less."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a forward pass says about a batch: all that an objective sees of the model."""
 
     logprobs_BT: Tensor
     """log p(token t | tokens of its sequence before t) in nats where the batch's weight is not 0, else 0."""
+    token_loss_BT: Tensor | None = None
+    """What `Wanted.token_loss` says of each target, else 0."""
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
+    """For each of `Wanted.observed` what it says of each target, [B, T], else 0."""
+    values_BTC: Tensor | None = None
+    """Outputs of the value head at every token, C numbers each."""
+    balance_N: Tensor | None = None
+    """For each sequence the load-balancing loss of a mixture of experts, 1 where experts are used evenly and with k experts
+    a token k times that; 0 for sequences that are not here."""
 
 
 @dataclass(frozen=True)

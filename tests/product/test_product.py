@@ -26,6 +26,9 @@ SETTINGS: dict[str, dict[str, Any]] = {"freeze": {"last_blocks": 1}, "lora": {"r
 """What a method cannot do without, or needs to learn something in a few steps of a tiny model."""
 
 
+Sections = Callable[[str], dict[str, Any]]
+
+
 def method_section(name: str) -> dict[str, Any]:
     return {"name": name, **SETTINGS.get(name, {})}
 
@@ -53,9 +56,11 @@ def equal_bits(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_falls_and_nothing_else_moves(
-    make_config: Callable[..., RunConfig], objective: str, method: str
+    make_config: Callable[..., RunConfig], objective_sections: Sections, objective: str, method: str
 ) -> None:
-    config = make_config(objective=objective, method=method_section(method), train={"steps": 8, "batch_size": 24})
+    config = make_config(
+        **objective_sections(objective), method=method_section(method), train={"steps": 8, "batch_size": 24}
+    )
     result = train(config)
     found = losses(result.folder)
     assert len(found) == 8
@@ -66,7 +71,8 @@ def test_the_loss_falls_and_nothing_else_moves(
     trained = set(run.learner.method.params)
     before = {name: p.clone() for name, p in run.learner.model.named_parameters()}
     for step in range(3):
-        run.learner.step(run.objective, run.data(step), lr=1e-2)
+        for ready in run.objective.prepare(run.data(step), run.helpers):
+            run.learner.step(run.objective, ready, lr=1e-2)
     moved = {name for name, p in run.learner.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert moved <= trained
@@ -77,12 +83,12 @@ def test_the_loss_falls_and_nothing_else_moves(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_resuming_gives_the_same_bits(
-    make_config: Callable[..., RunConfig], tmp_path: Path, objective: str, method: str
+    make_config: Callable[..., RunConfig], objective_sections: Sections, tmp_path: Path, objective: str, method: str
 ) -> None:
     """Six steps at once, and three, then three more in a new learner: with dropout and a cosine in between."""
     section = method_section(method) | ({"dropout": 0.2} if method == "lora" else {})
     whole = make_config(
-        objective=objective, method=section, train={"steps": 6}, checkpoint={"every_steps": 3, "keep": 9}
+        **objective_sections(objective), method=section, train={"steps": 6}, checkpoint={"every_steps": 3, "keep": 9}
     )
     train(whole)
     second = tmp_path / "second"

@@ -10,12 +10,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.families import make_model
-from tunesmith.models import score as module
+from tunesmith.models import head as module
+from tunesmith.models.head import Head, Targets, score_targets
 from tunesmith.models.probe import find_head
-from tunesmith.models.score import Head, score, token_logprobs
-from tunesmith.types import Batch
+from tunesmith.models.score import score
+from tunesmith.types import Batch, Wanted
 
 N, D, V = 23, 8, 40
+
+
+def token_logprobs(hidden: Tensor, token: Tensor, head: Head, weights: Tensor | None = None) -> Tensor:
+    return score_targets(hidden, head, Targets(token, Wanted(is_likelihood=True), weight_N=weights))[0]
 
 
 def reference(hidden: Tensor, token: Tensor, linear: nn.Linear, head: Head) -> Tensor:

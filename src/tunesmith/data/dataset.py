@@ -30,10 +30,12 @@ class Dataset:
     seed: int
     last: int | None = None
     """So many samples in all, then it ends; None: endless."""
+    share: bool = False
+    """Whether the common beginning of a pair stands in a row once."""
 
     def __call__(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
-        return collate(self.samples, self.indices(step), self.config.max_tokens, self.pack)
+        return collate(self.samples, self.indices(step), self.config.max_tokens, self.pack, self.share)
 
     def at(self, step: int) -> tuple[Samples, list[int]]:
         """The samples of a step, by their numbers in a set."""
@@ -103,6 +105,7 @@ class EvaluationBatches(Sequence[Batch]):
     batch_size: int
     max_tokens: int
     pack: bool
+    share: bool
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
@@ -110,10 +113,12 @@ class EvaluationBatches(Sequence[Batch]):
     def __getitem__(self, number: Any) -> Any:
         start = range(0, len(self.samples), self.batch_size)[number]
         stop = min(start + self.batch_size, len(self.samples))
-        return collate(self.samples, range(start, stop), self.max_tokens, self.pack)
+        return collate(self.samples, range(start, stop), self.max_tokens, self.pack, self.share)
 
 
-def evaluation_batches(samples: Samples, batch_size: int, max_tokens: int, pack: bool) -> Sequence[Batch]:
+def evaluation_batches(
+    samples: Samples, batch_size: int, max_tokens: int, pack: bool, share: bool = False
+) -> Sequence[Batch]:
     """All held-out samples in file order. Tokens are kept; pixels would fill the memory and are read each time."""
-    batches = EvaluationBatches(samples, batch_size, max_tokens, pack)
+    batches = EvaluationBatches(samples, batch_size, max_tokens, pack, share)
     return batches if samples.have_media else list(batches)

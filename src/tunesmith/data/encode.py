@@ -134,6 +134,10 @@ class Encoder:
                 first = int(np.searchsorted(ends[own], begin + start, "left"))
                 after = int(np.searchsorted(ends[own], begin + stop, "right")) - 1
                 weights[offsets[n] + first : offsets[n] + after] = weight
+            for character, weight in marked.marks:
+                last_byte = int(ends[offsets[n]]) + len(marked.text[: character + 1].encode()) - 1
+                own = slice(offsets[n], offsets[n + 1])
+                weights[own][int(np.searchsorted(ends[own], last_byte, "right")) - 1] = weight
         return Encoded(tokens, weights, offsets), wrong
 
     def _compare(self, batch: Sequence[Marked], encoded: Encoded) -> None:
@@ -162,14 +166,14 @@ class Encoder:
         return whole[:at], end if eos is None or end[-1:] == [eos] else [*end, eos]
 
     def _with_ends(self, marked: Marked, ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Plain text between the tokenizer's beginning and its end, which is learnt."""
+        """Plain text between the tokenizer's beginning and its end."""
         begin, end = self._begin_and_end
         if begin and ids[: len(begin)].tolist() == begin:
             begin = []
         if end and ids[-1:].tolist() == end[-1:]:
-            weights[-1], end = 1.0, []
+            weights[-1], end = marked.end or weights[-1], []
         begin_weights, end_weights = np.full(len(begin), marked.base), np.full(len(end), marked.base)
-        end_weights[-1:] = 1.0
+        end_weights[-1:] = marked.end
         return (
             np.concatenate([begin, ids, end]).astype(np.int32),
             np.concatenate([begin_weights, weights, end_weights]).astype(np.float32),
@@ -218,11 +222,17 @@ class Encoder:
 
 
 def _weights(marked: Marked, offsets: np.ndarray) -> np.ndarray:
-    """float32 [tokens] from the characters [tokens, 2] of each token: a token is in a span if it begins and ends there."""
+    """float32 [tokens] from the characters [tokens, 2] of each token: a token is in a span if it begins and ends there.
+
+    A mark is for the token that holds its character, of several the last.
+    """
     weights = np.full(len(offsets), marked.base, np.float32)
     for start, stop, weight in marked.spans:
         inside = (offsets[:, 0] >= start) & (offsets[:, 1] > start) & (offsets[:, 1] <= stop)
         weights[inside] = weight
+    for character, weight in marked.marks:
+        holding = np.flatnonzero((offsets[:, 0] <= character) & (offsets[:, 1] > character))
+        weights[holding[-1:]] = weight
     return weights
 
 

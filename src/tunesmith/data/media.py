@@ -75,11 +75,14 @@ def insert_media(sample: Sample, example: Example, processor: Processor | None) 
     """The sample with each placeholder written out as the processor does, and its files found and read. Raises DataError."""
     if not any(marked.media for marked in sample):
         return sample
-    owners = (example, example.rejected or example)
-    return tuple(
+    owners: tuple[Example, ...] = (example, example.rejected or example)
+    if sample.num_choices:  # an example's answers share its files
+        owners = (example,) * len(sample)
+    inserted = (
         _insert(marked, owner, processor) if marked.media else marked
         for marked, owner in zip(sample, owners, strict=False)
     )
+    return replace(sample, sequences=tuple(inserted))
 
 
 def _insert(marked: Marked, example: Example, processor: Processor | None) -> Marked:
@@ -122,6 +125,7 @@ def _written_out(marked: Marked, inserts: Sequence[Insert], files: tuple[MediaFi
         marked,
         text=text,
         spans=(*((moved(start), moved(stop), weight) for start, stop, weight in marked.spans), *silent),
+        marks=tuple((moved(character), weight) for character, weight in marked.marks),
         literals=tuple((moved(start), moved(stop)) for start, stop in marked.literals),
         files=files,
     )

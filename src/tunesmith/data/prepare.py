@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import islice
@@ -26,14 +25,16 @@ import numpy as np
 
 from tunesmith.cache import cache_folder
 from tunesmith.config import DataConfig, SetConfig
+from tunesmith.data.choices import choose, divider
 from tunesmith.data.encode import Encoded, Encoder, FastDisagrees
 from tunesmith.data.examples import content_hash, read_examples
 from tunesmith.data.media import insert_media
-from tunesmith.data.render import Renderer, Sample
-from tunesmith.data.samples import Counts, Part, PartWriter, Samples, encoded_of, sequences_of, whole
+from tunesmith.data.render import Rendered, Renderer
+from tunesmith.data.samples import Chunk, Counts, Part, PartWriter, Samples, whole
 from tunesmith.data.sources import Report, Source, find_sources, raise_error
+from tunesmith.data.truncate import long_prompts, shorten
 from tunesmith.errors import DataError, UserError
-from tunesmith.types import Example, Place
+from tunesmith.types import Example
 
 CHUNK = 1024
 """Examples that are encoded at once."""
@@ -43,6 +44,14 @@ Watch = Callable[[str, int], None]
 
 
 def unwatched(name: str, records: int) -> None:
+    """Nobody is told."""
+
+
+Measure = Callable[[np.ndarray], None]
+"""Told the lengths of sequences before truncation, int64 [sequences]."""
+
+
+def unmeasured(lengths: np.ndarray) -> None:
     """Nobody is told."""
 
 
@@ -154,8 +163,9 @@ def make_samples(
     encoder: Encoder,
     counts: Counts,
     report: Report,
-) -> Iterator[tuple[Encoded, list[Place], list[int]]]:
-    """Chunks of (samples end to end, place of each, content hash of each); what happens on the way is counted.
+    measure: Measure = unmeasured,
+) -> Iterator[Chunk]:
+    """Chunks of samples; what happens on the way is counted.
 
     While one chunk is encoded, in threads of its own, the next one is rendered.
     """
@@ -166,24 +176,41 @@ def make_samples(
             waiting.append((rendered, pool.submit(encoder.encode, texts)))
             if len(waiting) > 1:
                 done, encoded = waiting.popleft()
-                yield _cut(done, encoded.result(), config, counts, report)
+                yield _finish(done, encoded.result(), config, counts, report, measure)
         for done, encoded in waiting:
-            yield _cut(done, encoded.result(), config, counts, report)
+            yield _finish(done, encoded.result(), config, counts, report, measure)
 
 
-Rendered = list[tuple[Example, Sample]]
+def _finish(
+    rendered: Rendered, encoded: Encoded, config: DataConfig, counts: Counts, report: Report, measure: Measure
+) -> Chunk:
+    """What is encoded, as samples."""
+    choices: list[np.ndarray] = []
+    if rendered and rendered[0][1].num_choices:
+        rendered, encoded, choices = choose(rendered, encoded, report)
+    measure(np.diff(encoded.offsets))
+    labels = [sample.label for _, sample in rendered]
+    cut, owners = shorten(rendered, encoded, config, counts, report)
+    return Chunk(
+        cut,
+        [rendered[n][0].place for n in owners],
+        [content_hash(rendered[n][0]) for n in owners],
+        [labels[n] for n in owners],
+        [choices[n] for n in owners] if choices else [],
+    )
 
 
 def _rendered_chunks(
     examples: Iterator[Example], renderer: Renderer, counts: Counts, report: Report
 ) -> Iterator[Rendered]:
+    divide = divider(renderer.tokenizer) if renderer.form == "choices" else None
     while chunk := list(islice(examples, CHUNK)):
         counts.records += len(chunk)
         rendered: Rendered = []
         for example in chunk:
             try:
                 samples = [insert_media(sample, example, renderer.processor) for sample in renderer.render(example)]
-                rendered += [(example, sample) for sample in samples]
+                rendered += [(example, divide(sample) if divide else sample) for sample in samples]
             except DataError as error:
                 report(error, None)
         yield rendered
@@ -195,7 +222,7 @@ def _write(folder: Path, source: Source, config: DataConfig, renderer: Renderer,
         counts = Counts()
         report = reporter(config, counts)
         renderer.reset()
-        writer = PartWriter(folder, source.name, 2 if renderer.pairs else 1)
+        writer = PartWriter(folder, source.name, renderer.group_size)
         examples = read_examples(source, config.as_chat, report)
         try:
             for chunk in make_samples(examples, config, renderer, Encoder(renderer.tokenizer, fast), counts, report):
@@ -204,7 +231,8 @@ def _write(folder: Path, source: Source, config: DataConfig, renderer: Renderer,
         except FastDisagrees:
             continue
         break
-    counts.notes, counts.conversations = dict(renderer.notes), renderer.conversations
+    counts.notes |= renderer.notes
+    counts.conversations = renderer.conversations
     if not writer.num_samples:
         raise UserError(_nothing_left(source, config, counts))
     writer.close(counts)
@@ -222,84 +250,13 @@ def reporter(config: DataConfig, counts: Counts) -> Report:
 
 def _nothing_left(source: Source, config: DataConfig, counts: Counts) -> str:
     reasons = [f"{number} {note}" for note, number in counts.notes.items()]
-    if counts.dropped:
-        reasons.append(f"{counts.dropped} lost their answers at data.max_tokens: {config.max_tokens}")
+    if others := counts.dropped - counts.notes.get(long_prompts(config.max_tokens), 0):
+        lost = "are longer than" if config.truncation == "drop" else "lost their answers at"
+        reasons.append(f"{others} {lost} data.max_tokens: {config.max_tokens}")
     if counts.skipped:
         reasons.append(f"{counts.skipped} could not be used, the first: {counts.first_skipped}")
     remedy = "raise data.max_tokens, or set data.truncation: left" if counts.dropped else "give other data"
     return f"{source.name}: nothing to learn from in {counts.records} records: {'; '.join(reasons)}; {remedy}"
-
-
-def _cut(
-    rendered: Rendered, encoded: Encoded, config: DataConfig, counts: Counts, report: Report
-) -> tuple[Encoded, list[Place], list[int]]:
-    """Samples shortened to max_tokens by the truncation policy. A sample without any target is no sample."""
-    group = len(rendered[0][1]) if rendered else 1
-    files = [marked.files for _, sample in rendered for marked in sample]
-    if any(files):
-        encoded = replace(encoded, files=tuple(files))
-    lengths = np.diff(encoded.offsets)
-    targets = np.add.reduceat(np.append(encoded.weights != 0, False), encoded.offsets[:-1]) if len(lengths) else lengths
-    usable = (lengths > 0) & (lengths <= config.max_tokens) & (targets > 0)
-    fine = [all(group_usable) for group_usable in usable.reshape(-1, group).tolist()]
-    places, content = [example.place for example, _ in rendered], [content_hash(example) for example, _ in rendered]
-    if all(fine):
-        return encoded, places, content
-    sequences = list(sequences_of(encoded))
-    kept: list[tuple[np.ndarray, np.ndarray]] = []
-    owners: list[int] = []
-    for n, (example, sample) in enumerate(rendered):
-        own = sequences[n * group : (n + 1) * group]
-        try:
-            samples = [own] if fine[n] else _shorten(own, sample, config, example.place)
-        except DataError as error:
-            report(error, None)
-            continue
-        if not fine[n]:
-            counts.truncated += bool(samples)
-            counts.dropped += not samples
-            counts.first_cut = counts.first_cut or str(example.place)
-        for part in samples:
-            kept += part
-            owners.append(n)
-    cut = encoded_of(kept)
-    if any(files):
-        cut = replace(cut, files=tuple(own for n in owners for own in files[n * group : (n + 1) * group]))
-    return cut, [places[n] for n in owners], [content[n] for n in owners]
-
-
-def _shorten(
-    own: list[tuple[np.ndarray, np.ndarray]], sample: Sample, config: DataConfig, place: Place
-) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """What is left of a sample longer than max_tokens: none, one, or with `split` several. Raises DataError."""
-    longest, limit = max(len(tokens) for tokens, _ in own), config.max_tokens
-    if longest <= limit:
-        raise DataError(
-            place,
-            (),
-            "nothing to learn from: its answer makes no token of its own",
-            "give an assistant turn or completion that is not empty, or remove the record",
-        )
-    if config.truncation == "error":
-        remedy = "raise it, or set data.truncation to right, left, split or drop"
-        raise DataError(place, (), f"{longest} tokens, more than data.max_tokens: {limit}", remedy)
-    if config.truncation == "drop" or any(marked.media for marked in sample):  # an image's tokens are never cut
-        return []
-    if config.truncation == "split" and len(own) == 1:
-        tokens, weights = own[0]
-        starts = range(0, len(tokens), limit)
-        pieces = [[_slice(tokens, weights, start, start + limit)] for start in starts]
-        return [piece for piece in pieces if piece[0][1].any()]
-    left = config.truncation == "left"
-    start = longest - limit if left else 0  # the same for both sides of a pair, whose prompts then stay the same
-    cut = [_slice(tokens, weights, start, start + limit) for tokens, weights in own]
-    return [cut] if all(weights.any() for _, weights in cut) else []
-
-
-def _slice(tokens: np.ndarray, weights: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    weights = weights[start:stop].copy()
-    weights[:1] = 0.0
-    return tokens[start:stop], weights
 
 
 SETTINGS = (
@@ -323,7 +280,7 @@ def _key(source: Source, config: DataConfig, renderer: Renderer) -> str | None:
         repr(source.transform),
         list(zip(source.files, files, strict=True)),
         config.model_dump(mode="json", include=set(SETTINGS)),
-        [renderer.learns_all, renderer.pairs],
+        renderer.form,
         [str(tokenizer.chat_template), tokenizer.special_tokens_map],
         renderer.processor and renderer.processor.settings,
     ]

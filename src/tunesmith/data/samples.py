@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -31,13 +31,19 @@ ARRAYS = {
     "content": "<u8",  # [S] hash of the record, whatever the tokenizer
     "file": "<i4",  # [S] which file the record is from
     "line": "<i8",  # [S] and its line
+    "label": "<f4",  # [S] what the data says of a sample beside its tokens
 }
 MEDIA_ARRAYS = {
     "media": "u1",  # a line of JSON for each sequence that has media, saying which
     "media_at": "<i8",  # [Q + 1] sequence q's is media[media_at[q]:media_at[q+1]]
     "blobs": "u1",  # files that lie inside of the records, end to end, each once
 }
-"""Written only where there is any."""
+CHOICE_ARRAYS = {
+    "choices": "<i4",  # the label words' tokens, in the order of the classes, those of all samples end to end
+    "choices_at": "<i8",  # [S + 1] sample s's are choices[choices_at[s]:choices_at[s+1]]
+}
+"""Both kinds are written only where there is any."""
+OPTIONAL_ARRAYS = MEDIA_ARRAYS | CHOICE_ARRAYS
 
 
 @dataclass
@@ -84,6 +90,7 @@ class Part:
     content: np.ndarray
     file: np.ndarray
     line: np.ndarray
+    label: np.ndarray
     files: tuple[str, ...]
     group_size: int
     """Sequences in a sample: 1, or 2 for preference pairs (chosen, rejected)."""
@@ -94,13 +101,15 @@ class Part:
     media: np.ndarray | None = None
     media_at: np.ndarray | None = None
     blobs: np.ndarray | None = None
+    choices: np.ndarray | None = None
+    choices_at: np.ndarray | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Part:
         """What a PartWriter wrote."""
         facts = json.loads((folder / "part.json").read_text())
         facts["counts"], facts["files"] = Counts(**facts["counts"]), tuple(facts["files"])
-        kinds = ARRAYS | {name: kind for name, kind in MEDIA_ARRAYS.items() if (folder / f"{name}.bin").is_file()}
+        kinds = ARRAYS | {name: kind for name, kind in OPTIONAL_ARRAYS.items() if (folder / f"{name}.bin").is_file()}
         arrays: dict[str, Any] = {
             name: np.memmap(folder / f"{name}.bin", kind, mode="r") for name, kind in kinds.items()
         }
@@ -117,6 +126,12 @@ class Part:
         """(tokens, weights) of each sequence of a sample."""
         borders = self.offsets[sample * self.group_size : (sample + 1) * self.group_size + 1].tolist()
         return [(self.tokens[start:stop], self.weights[start:stop]) for start, stop in itertools.pairwise(borders)]
+
+    def words(self, sample: int) -> np.ndarray:
+        """int32 [K]: the label words' tokens at the sample's target, in the order of the classes; else empty."""
+        if self.choices is None or self.choices_at is None:
+            return np.zeros(0, np.int32)
+        return self.choices[self.choices_at[sample] : self.choices_at[sample + 1]]
 
     def lengths(self) -> np.ndarray:
         """int64 [S, group size]: tokens of each sequence."""
@@ -185,6 +200,21 @@ class Samples:
         part, sample = self.find(index)
         return part.place(sample)
 
+    def label(self, index: int) -> float:
+        """Of a preference pair its margin, of feedback 1 for desirable and 0 for not, of a classification the right class."""
+        part, sample = self.find(index)
+        return float(part.label[sample])
+
+    def labels(self) -> np.ndarray:
+        """float32 [S]: all of them."""
+        labels = [part.label[chosen] for part, chosen in zip(self.parts, self.chosen, strict=True)]
+        return np.concatenate(labels) if labels else np.zeros(0, np.float32)
+
+    def choices(self, index: int) -> np.ndarray:
+        """int32 [K]: the label words' tokens at the sample's target, in the order of the classes; else empty."""
+        part, sample = self.find(index)
+        return part.words(sample)
+
     def lengths(self) -> np.ndarray:
         """int64 [S, group size]: tokens of each sequence."""
         lengths = [part.lengths()[chosen] for part, chosen in zip(self.parts, self.chosen, strict=True)]
@@ -240,6 +270,18 @@ def whole(parts: Iterable[Part], sets: Iterable[SetConfig], processor: Processor
     return Samples(parts, tuple(np.arange(len(part)) for part in parts), tuple(sets), processor)
 
 
+class Chunk(NamedTuple):
+    """Samples end to end, on their way into the arrays."""
+
+    encoded: Encoded
+    places: list[Place]
+    content: list[int]
+    """Content hash of each sample's record."""
+    labels: list[float]
+    choices: list[np.ndarray]
+    """int32 [K] of each sample; no list at all where no sample has any."""
+
+
 class PartWriter:
     """Appends samples to the arrays in a folder."""
 
@@ -250,21 +292,36 @@ class PartWriter:
         self.digest = hashlib.blake2b(digest_size=16)
         self.files: dict[str, int] = {}
         self.num_tokens, self.num_samples, self.max_token = 0, 0, -1
+        self.choices_at = [0]
         self.media_at, self.blobs, self.num_blob_bytes = [0], dict[str, int](), 0
         self._put("offsets", [0])
 
-    def add(self, encoded: Encoded, places: Sequence[Place], content: Sequence[int]) -> None:
-        """Samples end to end, with the place and content hash of each."""
+    def add(
+        self,
+        encoded: Encoded,
+        places: Sequence[Place],
+        content: Sequence[int],
+        labels: Sequence[float] = (),
+        choices: Sequence[np.ndarray] = (),
+    ) -> None:
+        """A chunk. Labels are 0 where none are given."""
         self._put("tokens", encoded.tokens)
         self._put("weights", encoded.weights)
         self._put("offsets", encoded.offsets[1:] + self.num_tokens)
         self._put("content", content)
         self._put("file", [self.files.setdefault(place.file, len(self.files)) for place in places])
         self._put("line", [place.line for place in places])
+        self._put("label", labels or [0.0] * len(places))
         for array, kind in ((encoded.tokens, "<i4"), (encoded.weights, "<f4"), (np.diff(encoded.offsets), "<i8")):
             self.digest.update(np.ascontiguousarray(array, kind).tobytes())
         for files in encoded.files or [()] * (len(encoded.offsets) - 1):
             self._add_media(files)
+        if any(labels):
+            self.digest.update(np.asarray(labels, ARRAYS["label"]).tobytes())
+        for words in choices:
+            self.digest.update(len(words).to_bytes(4, "little") + np.asarray(words, "<i4").tobytes())
+            self._stream("choices").write(np.asarray(words, CHOICE_ARRAYS["choices"]).tobytes())
+            self.choices_at.append(self.choices_at[-1] + len(words))
         self.num_tokens += len(encoded.tokens)
         self.num_samples += len(places)
         self.max_token = max(self.max_token, int(encoded.tokens.max(initial=-1)))
@@ -298,6 +355,9 @@ class PartWriter:
         """Write what is known at the end. The folder is then what Part.open reads."""
         if self.media_at[-1]:
             self._stream("media_at").write(np.asarray(self.media_at, MEDIA_ARRAYS["media_at"]).tobytes())
+        if self.choices_at[-1]:
+            assert len(self.choices_at) == self.num_samples + 1, "all samples of a part have choices, or none"
+            self._stream("choices_at").write(np.asarray(self.choices_at, CHOICE_ARRAYS["choices_at"]).tobytes())
         for stream in self.streams.values():
             stream.close()
         facts = {
@@ -310,7 +370,7 @@ class PartWriter:
         }
         (self.folder / "part.json").write_text(json.dumps(facts))
 
-    def _put(self, array: str, values: Sequence[int] | np.ndarray) -> None:
+    def _put(self, array: str, values: Sequence[float] | np.ndarray) -> None:
         self.streams[array].write(np.asarray(values, ARRAYS[array]).tobytes())
 
 

@@ -83,18 +83,19 @@ class Windows:
             self._records()
         self._unread.skipped, self._unread.first_skipped = 0, None
         examples = self._records()
-        counts = replace(self._unread)
+        counts = replace(self._unread, notes={})
         encoder = Encoder(self.renderer.tokenizer, fast=False)
         folder = Path(tempfile.mkdtemp(prefix="tunesmith-window-"))
         try:
             self.renderer.reset()
-            writer = PartWriter(folder, f"window {window}", 2 if self.renderer.pairs else 1)
+            writer = PartWriter(folder, f"window {window}", self.renderer.group_size)
             report = reporter(self.config, counts)
             for chunk in make_samples(iter(examples), self.config, self.renderer, encoder, counts, report):
                 writer.add(*chunk)
             if not writer.num_samples:
                 return Samples((), (), ())
-            counts.notes, counts.conversations = dict(self.renderer.notes), self.renderer.conversations
+            counts.notes |= self.renderer.notes
+            counts.conversations = self.renderer.conversations
             writer.close(counts)
             return whole([Part.open(folder)], [self.sources[0].config], self.renderer.processor)
         finally:
@@ -154,11 +155,13 @@ class StreamDataset:
     seed: int
     index: Path
     """File that remembers how many samples each window gave, so that they need not be made to be counted."""
+    share: bool = False
+    """Whether the common beginning of a pair stands in a row once."""
 
     def __call__(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
         samples, indices = self.at(step)
-        return collate(samples, indices, self.config.max_tokens, self.pack)
+        return collate(samples, indices, self.config.max_tokens, self.pack, self.share)
 
     def at(self, step: int) -> tuple[Samples, list[int]]:
         """The windows that a step reaches into, as one set, and its samples there."""

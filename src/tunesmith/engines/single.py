@@ -13,15 +13,15 @@ from torch import Tensor
 from tunesmith.errors import UserError
 from tunesmith.models.load import blocks
 from tunesmith.models.probe import find_head
-from tunesmith.models.score import score
-from tunesmith.types import Batch, Scores
+from tunesmith.models.score import hidden_of_targets, score
+from tunesmith.types import Batch, Scores, Wanted
 
 
 class SingleEngine:
     """Everything on one device."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"autograd"})
-    reads: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset({"logits", "values", "router", "embeddings"})
     """Parts of Scores beyond log-probabilities that `score` can give."""
     rank, world = 0, 1
 
@@ -44,10 +44,15 @@ class SingleEngine:
                 block.compile(dynamic=True)
         return model
 
-    def score(self, model: Any, batch: Batch, reads: frozenset[str] = frozenset()) -> Scores:
-        """Log-probabilities of the batch's targets."""
+    def score(self, model: Any, batch: Batch, wanted: Wanted | None = None) -> Scores:
+        """Log-probabilities of the batch's targets, and what else is wanted."""
         with self._autocast():
-            return score(model, self.head, batch)
+            return score(model, self.head, batch, wanted)
+
+    def hidden(self, model: Any, batch: Batch) -> Tensor:
+        """Hidden states from which the batch's targets are predicted, [N, D], row by row."""
+        with self._autocast():
+            return hidden_of_targets(model, self.head, batch)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision in ("mixed", "bf16"))

@@ -11,14 +11,17 @@ from tunesmith.config import CheckpointConfig
 from tunesmith.engines.checkpoint import save_checkpoint
 from tunesmith.hooks.log import Log
 from tunesmith.learner import Learner
+from tunesmith.objectives import Objective
 from tunesmith.run_folder import RunFolder
 
 
 class Checkpoint:
     """Saves when so many steps are done or minutes have passed. `saved`: the step of the newest checkpoint so far."""
 
-    def __init__(self, folder: RunFolder, log: Log, config: CheckpointConfig, saved: int) -> None:
-        self.folder, self.log, self.config = folder, log, config
+    def __init__(
+        self, folder: RunFolder, log: Log, config: CheckpointConfig, objective: Objective, saved: int
+    ) -> None:
+        self.folder, self.log, self.config, self.objective = folder, log, config, objective
         self.saved, self.since = saved, perf_counter()
 
     def __call__(self, step: int, metrics: Mapping[str, Tensor], learner: Learner) -> None:
@@ -30,7 +33,8 @@ class Checkpoint:
         """Save now, unless this step is saved already."""
         if step == self.saved:
             return
-        save_checkpoint(self.folder.checkpoints, step, learner.method.state_dict(), self.config.keep)
+        state = learner.method.state_dict() | {"objective": self.objective.state_dict()}
+        save_checkpoint(self.folder.checkpoints, step, state, self.config.keep)
         self.saved, self.since = step, perf_counter()
         self.log.events.write("checkpoint", step=step)
         self.log.pause()

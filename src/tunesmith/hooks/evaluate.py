@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from time import perf_counter
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +17,10 @@ from tunesmith.types import Batch
 class Evaluate:
     """Scores the held-out batches every `every` steps (0: only when `measure` is called)."""
 
-    def __init__(self, objective: Objective, batches: Sequence[Batch], log: Log, every: int) -> None:
-        self.objective, self.batches, self.log, self.every = objective, batches, log, every
+    def __init__(
+        self, objective: Objective, helpers: Mapping[str, Any], batches: Sequence[Batch], log: Log, every: int
+    ) -> None:
+        self.objective, self.helpers, self.batches, self.log, self.every = objective, helpers, batches, log, every
         self.losses: dict[int, float] = {}
 
     def __call__(self, step: int, metrics: Mapping[str, Tensor], learner: Learner) -> None:
@@ -29,8 +32,9 @@ class Evaluate:
         if not self.batches or step in self.losses:
             return
         start = perf_counter()
-        metrics = {name: float(value) for name, value in learner.evaluate(self.objective, self.batches).items()}
+        metrics = {name: float(value) for name, value in learner.evaluate(self.objective, self.batches, self.helpers).items()}
         self.losses[step] = metrics["loss"]
         self.log.events.write("eval", step=step, **metrics, seconds=round(perf_counter() - start, 2))
-        self.log.progress.say(f"held-out loss at step {step}: {metrics['loss']:.4f}")
+        shown = "".join(f" · {name} {metrics[name]:.3f}" for name in self.objective.shows if name in metrics)
+        self.log.progress.say(f"held-out loss at step {step}: {metrics['loss']:.4f}{shown}")
         self.log.pause()

@@ -14,7 +14,8 @@ import torch
 from tunesmith.config import ModelConfig
 from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
-from tunesmith.models.load import load_model, load_tokenizer
+from tunesmith.methods.lora import TASKS
+from tunesmith.models.load import CLASSES, load_config, load_model, load_tokenizer
 from tunesmith.run_folder import RunFolder
 
 Messages = list[dict[str, Any]]
@@ -89,9 +90,12 @@ def load_generator(path: str, device: str = "auto", precision: str = "auto") -> 
     place = find_device(device)
     dtype = torch.float32 if find_precision(precision, place, trains_all=False) == "fp32" else torch.bfloat16
     config = ModelConfig(path=str(folder) if folder.is_dir() else path)
-    if (folder / "adapter_config.json").is_file():
+    adapter_file = folder / "adapter_config.json"
+    adapter = json.loads(adapter_file.read_text()) if adapter_file.is_file() else None
+    if _gives_scores(config, adapter):
+        raise UserError(f"{path}: this model gives scores, not text; give a language model")
+    if adapter is not None:
         if base is None:
-            adapter = json.loads((folder / "adapter_config.json").read_text())
             base = ModelConfig(path=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
         tokenizer, model = load_tokenizer(config), _with_adapter(base, folder, dtype)
     else:
@@ -100,6 +104,13 @@ def load_generator(path: str, device: str = "auto", precision: str = "auto") -> 
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config.update(temperature=None, top_p=None, top_k=None)  # the caller's, not the checkpoint's
     return Generator(model.to(place), tokenizer)
+
+
+def _gives_scores(config: ModelConfig, adapter: dict[str, Any] | None) -> bool:
+    """Whether the model, or what the adapter makes of its base, has a value head in place of a language model's."""
+    if adapter is not None:
+        return adapter.get("task_type") in [TASKS[kind] for kind in CLASSES]
+    return any(name.endswith(tuple(CLASSES.values())) for name in load_config(config).architectures or ())
 
 
 def _with_adapter(base: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:

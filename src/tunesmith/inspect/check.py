@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from tunesmith.config import DataConfig, RunConfig
-from tunesmith.data.encode import FastDisagrees
+from tunesmith.data.encode import Encoder, FastDisagrees
 from tunesmith.data.examples import read_examples
 from tunesmith.data.prepare import Watch, eval_sources, held_out_below, make_samples, training_sources, unwatched
 from tunesmith.data.sources import Source
@@ -19,12 +19,13 @@ from tunesmith.errors import UserError
 from tunesmith.inspect.bad_records import Errors, write_quarantine
 from tunesmith.inspect.histogram import histogram, write_png
 from tunesmith.inspect.overlap import Pair, near_duplicates, same_prompts
-from tunesmith.inspect.tally import MeasuringEncoder, Tally
+from tunesmith.inspect.tally import Tally
 from tunesmith.run_data import build_renderer
 from tunesmith.types import Place
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
+    from tunesmith.objectives.base import Form
 
 PAIRS = 3
 """So many pairs of a held-out and a training record are named."""
@@ -52,6 +53,8 @@ class Findings:
     """Held-out records whose prompt is also trained on."""
     near: Overlap
     """Held-out records that are much like one that is trained on."""
+    form: Form = "answers"
+    """What the objective's samples are."""
 
 
 def check(config: RunConfig, limit: int = 50, quarantine: Path | None = None, png: Path | None = None) -> Findings:
@@ -92,7 +95,7 @@ def examine(config: RunConfig, errors: Errors, watch: Watch = unwatched) -> tupl
         if not tally.samples and errors.number == before[0]:
             errors.add(_nothing_left(tally), tally)
         tallies.append(tally)
-    return _compare(config, tallies, errors), [*training, *held_out]
+    return replace(_compare(config, tallies, errors), form=renderer.form), [*training, *held_out]
 
 
 def _read(
@@ -107,15 +110,15 @@ def _read(
         errors.add(error, tally)
 
     renderer.reset()
-    encoder = MeasuringEncoder(renderer.tokenizer, fast, tally.lengths)
+    encoder = Encoder(renderer.tokenizer, fast)
     examples = tally.watch(read_examples(source, config.as_chat, unread))
     try:
-        for encoded, places, _ in make_samples(examples, config, renderer, encoder, tally.counts, unusable):
-            tally.add_samples(encoded, len(places))
+        for chunk in make_samples(examples, config, renderer, encoder, tally.counts, unusable, tally.measure):
+            tally.add_samples(chunk)
             watch(source.name, tally.rows)
     except UserError as error:  # the file itself is broken: nothing more comes of it, but the others are still read
         unread(error)
-    tally.counts.notes = dict(renderer.notes)
+    tally.counts.notes |= renderer.notes
 
 
 def _nothing_left(tally: Tally) -> UserError:

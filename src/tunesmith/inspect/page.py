@@ -10,9 +10,9 @@ from tunesmith.inspect.view import Row, Strand, Token, View
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --quiet: #6e7781; --page: #ffffff; --card: #f6f8fa; --line: #d0d7de;
-  --green: 46, 160, 67; --special: #8250df; --cut: #cf222e; }
+  --green: 46, 160, 67; --red: 207, 34, 46; --special: #8250df; --cut: #cf222e; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --quiet: #7d8590; --page: #0d1117; --card: #161b22;
-  --line: #30363d; --green: 63, 185, 80; --special: #d2a8ff; --cut: #ff7b72; } }
+  --line: #30363d; --green: 63, 185, 80; --red: 255, 123, 114; --special: #d2a8ff; --cut: #ff7b72; } }
 body { margin: 2rem auto; max-width: 70rem; padding: 0 1rem; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.3rem; margin: 0 0 .3rem; }
@@ -28,6 +28,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .n { color: var(--quiet); }
 .l { color: var(--text); background: rgba(var(--green), var(--a)); }
 .l:nth-child(odd) { background: rgba(var(--green), calc(var(--a) * .8)); }
+.w, .w:nth-child(odd) { background: rgba(var(--red), var(--a)); }
 .legend .l { background: rgba(var(--green), var(--a)); padding: .1em .4em; }
 .s { color: var(--special); font-weight: 600; }
 .x { color: var(--quiet); opacity: .6; text-decoration: line-through; }
@@ -86,7 +87,9 @@ def _token(token: Token, every: int) -> str:
     mark = ""
     if token.position % every == 0 and (token.position or every == 1):
         mark = f"<sub>{token.position}</sub>"
-    classes = f"{'l' if token.weight else 'n'}{' s' * token.special}{' e' * (not token.text)}"
+    classes = (
+        f"{'l' if token.weight else 'n'}{' w' * (token.weight < 0)}{' s' * token.special}{' e' * (not token.text)}"
+    )
     style = f' style="--a:{_alpha(token.weight):g}"' if token.weight else ""
     title = f"token {token.id} · position {token.position} · weight {token.weight:g}"
     return f'{mark}<span class="{classes}"{style} title="{title}">{escape(token.text.translate(VISIBLE))}</span>'
@@ -100,5 +103,5 @@ def _lost(tokens: Sequence[Token]) -> str:
 
 
 def _alpha(weight: float) -> float:
-    """How opaque the green is: pale near 0, full at 2."""
-    return round(0.12 + 0.3 * min(weight, 2.0), 3)
+    """How opaque the color is: pale near 0, full at 2."""
+    return round(0.12 + 0.3 * min(abs(weight), 2.0), 3)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tunesmith.config import DataConfig
+from tunesmith.data.choices import choose
 from tunesmith.data.encode import Encoder
 from tunesmith.data.examples import read_examples
 from tunesmith.data.prepare import eval_sources, training_sources
@@ -59,6 +60,9 @@ class Rest:
         except DataError:
             return []
         encoded = Encoder(self.renderer.tokenizer, fast=False).encode([marked for group in samples for marked in group])
+        if self.renderer.form == "choices":
+            questions, encoded, _ = choose([(example, sample) for sample in samples], encoded, _ignore)
+            samples = [sample for _, sample in questions]
         sequences = iter(list(sequences_of(encoded)))
         return [[next(sequences) for _ in group] for group in samples]
 

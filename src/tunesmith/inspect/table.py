@@ -19,9 +19,12 @@ from tunesmith.inspect.words import scripts
 
 if TYPE_CHECKING:
     from tunesmith.inspect.check import Findings
+    from tunesmith.objectives.base import Form
 
 SCRIPTS, LEAST_SHARE = 5, 0.005
 """So many scripts are named, if they have this share of some data set; the rest is `other`."""
+CLASSES = 10
+"""So many classes are counted out."""
 COLUMN, NAME = 10, 20
 """Characters of a column at least, with the space beside it; and of a data set's name at most."""
 
@@ -33,6 +36,8 @@ def show_findings(console: Console, findings: Findings, quarantine: Path | None,
     _lengths(console, findings)
     _overlap(console, findings)
     for tally in findings.tallies:
+        if said := _labels(tally, findings.form):
+            _say(console, f"{tally.name}: {said}")
         if tally.counts.first_cut:
             first = f"{tally.name}: the first sample that is truncated or dropped: {tally.counts.first_cut}"
             _say(console, Text.assemble(("note: ", "bold"), first))
@@ -197,6 +202,19 @@ def next_step(findings: Findings, quarantine: Path | None) -> str:
     if findings.prompts.number or findings.near.number:
         return "the held-out loss will flatter: take the records that both sides share out of one of them"
     return "nothing to mend; see what the model will get with tunesmith data show, or start with tunesmith train"
+
+
+def _labels(tally: Tally, form: Form) -> str:
+    """How often the data says what of its samples, in a line."""
+    if form == "feedback":
+        return f"{tally.labels[1.0]:,} answers marked as desirable, {tally.labels[0.0]:,} as undesirable"
+    if form == "choices":
+        of_class = sorted(tally.labels.items())
+        most = ", ".join(f"{int(label)}: {number:,}" for label, number in of_class[:CLASSES])
+        return f"samples of class {most}" + (f" and {len(of_class) - CLASSES} more classes" * (len(of_class) > CLASSES))
+    if form == "pairs" and (given := tally.samples - tally.labels[0.0]):
+        return f"{given:,} of {tally.samples:,} pairs with a margin"
+    return ""
 
 
 def _records(number: int) -> str:

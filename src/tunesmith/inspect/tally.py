@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunesmith.data.encode import Encoded, Encoder
 from tunesmith.data.examples import content_hash
-from tunesmith.data.render import Marked
-from tunesmith.data.samples import Counts
+from tunesmith.data.samples import Chunk, Counts
 from tunesmith.inspect.words import NUM_CODE_POINTS, NUM_HASHES, code_points, signatures
 from tunesmith.types import Example, Message, Place
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CHUNK_CHARACTERS = 2**20
 """Texts of about so many characters are counted at once."""
@@ -42,6 +37,8 @@ class Tally:
     learnt: int = 0
     """Of the tokens those with a loss weight other than 0."""
     empty_turns: int = 0
+    labels: Counter[float] = field(default_factory=Counter)
+    """How often each label occurs among the samples."""
     counts: Counts = field(default_factory=Counts)
     lengths: array[int] = field(default_factory=lambda: array("i"))
     """Tokens of each sequence before truncation."""
@@ -78,11 +75,16 @@ class Tally:
             yield example
         self._add_words()
 
-    def add_samples(self, encoded: Encoded, num_samples: int) -> None:
+    def measure(self, lengths: np.ndarray) -> None:
+        """Note how long sequences are before truncation, int64 [sequences]."""
+        self.lengths.extend(lengths.tolist())
+
+    def add_samples(self, chunk: Chunk) -> None:
         """Count samples as they are trained on."""
-        self.samples += num_samples
-        self.tokens += len(encoded.tokens)
-        self.learnt += int(np.count_nonzero(encoded.weights))
+        self.samples += len(chunk.places)
+        self.tokens += len(chunk.encoded.tokens)
+        self.learnt += int(np.count_nonzero(chunk.encoded.weights))
+        self.labels.update(chunk.labels)
 
     def place(self, example: int) -> Place:
         """The record that an example comes from."""
@@ -120,19 +122,6 @@ class Tally:
             self.signatures.append(signatures(codes, starts))
 
 
-class MeasuringEncoder(Encoder):
-    """Notes how long each sequence is before truncation."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, fast: bool, lengths: array[int]) -> None:
-        super().__init__(tokenizer, fast)
-        self.lengths = lengths
-
-    def encode(self, batch: Sequence[Marked]) -> Encoded:
-        encoded = super().encode(batch)
-        self.lengths.extend(np.diff(encoded.offsets).tolist())
-        return encoded
-
-
 def together(tallies: Sequence[Tally]) -> Tally:
     """The sum of several data sets, without what tells single records apart."""
     total = Tally("total")
@@ -140,6 +129,7 @@ def together(tallies: Sequence[Tally]) -> Tally:
         for name in ("bad", "unread", "role_errors", "samples", "tokens", "learnt", "empty_turns"):
             setattr(total, name, getattr(total, name) + getattr(tally, name))
         total.counts += tally.counts
+        total.labels += tally.labels
         for name in ("lengths", "turns", "content"):
             getattr(total, name).extend(getattr(tally, name))
         total.code_points += tally.code_points

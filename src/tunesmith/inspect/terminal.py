@@ -13,6 +13,8 @@ from tunesmith.inspect.view import Row, Strand, Token, View
 POSITION_EVERY = 64
 LOST_SHOWN = 80
 """So many tokens of what was cut off are shown, those next to the cut."""
+WRONG = (255, 180, 175)
+"""Red of a step that is marked as wrong, by a loss weight below 0."""
 PALE, FULL, DEEP = (226, 245, 231), (150, 222, 165), (46, 160, 67)
 """Green of a loss weight near 0, of 1, and of 2 or more."""
 SPECIAL, SPECIAL_LEARNT, LOST, NOTE, POSITION = "bold magenta", "bold #8a008a", "strike bright_black", "red", "blue"
@@ -43,9 +45,9 @@ def show_view(console: Console, view: View, every_position: bool = False) -> Non
 
 def strand_title(strand: Strand) -> str:
     """The header line of a sequence."""
-    side = f", {strand.side}" if strand.side else ""
+    says = f", {strand.says}" if strand.says else ""
     sizes = f"{len(strand.tokens):,} tokens, {strand.learnt:,} learnt"
-    return f"sequence {strand.number} · {sizes} · sample {strand.sample}{side} · {strand.place}"
+    return f"sequence {strand.number} · {sizes} · sample {strand.sample}{says} · {strand.place}"
 
 
 def _row_title(row: Row) -> str:
@@ -121,6 +123,8 @@ def _lost(text: Text, tokens: Sequence[Token]) -> None:
 def _learnt(weight: float, n: int) -> str:
     """Black on a green that deepens with the weight; neighbours differ a little, so that borders of tokens are seen."""
     start, stop, share = (PALE, FULL, weight) if weight <= 1 else (FULL, DEEP, min(weight, 2.0) - 1)
+    if weight < 0:
+        start, share = WRONG, 0.0
     shade = 1.0 if n % 2 else 0.93
     red, green, blue = (round((a + (b - a) * share) * shade) for a, b in zip(start, stop, strict=True))
     return f"black on #{red:02x}{green:02x}{blue:02x}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from tunesmith.data.samples import Samples
 from tunesmith.inspect.pieces import Pieces
 from tunesmith.inspect.rest import Rest
 from tunesmith.types import Batch, Place
+
+if TYPE_CHECKING:
+    from tunesmith.types import Form
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Strand:
     """In the batch."""
     sample: int
     place: Place
-    side: str
-    """Of a preference pair: chosen or rejected; else ""."""
+    says: str
+    """What the data says of it, such as rejected or desirable; "" where nothing."""
     tokens: list[Token]
     before: list[Token]
     """What truncation cut off its left end."""
@@ -71,6 +74,17 @@ class View:
     """What was cut off a sequence is another sample, and not lost."""
 
 
+def what_is_said(form: Form, label: float, side: int, words: Sequence[str]) -> str:
+    """What the data says of a sequence beside its tokens. `side`: its number in its sample; `words`: of the classes."""
+    if form == "pairs":
+        return ("chosen", "rejected")[side] + (f", margin {label:g}" if label else "")
+    if form == "feedback":
+        return "desirable" if label else "undesirable"
+    if form == "choices":
+        return f"class {int(label)} of " + ", ".join(map(repr, words))
+    return ""
+
+
 def rows_of(batch: Batch, samples: Samples, pieces: Pieces, rest: Rest) -> list[Row]:
     """The rows of a batch whose `sample_N` counts in `samples`."""
     seen: Counter[int] = Counter()
@@ -85,12 +99,13 @@ def rows_of(batch: Batch, samples: Samples, pieces: Pieces, rest: Rest) -> list[
             seen[group] += 1
             positions = batch.positions_BT[r].numpy()[own].tolist()
             before, after = rest.find(place, side, ids)
+            words = [pieces.decoded([token]) for token in samples.choices(sample).tolist()]
             whole = [*before.ids, *ids.tolist(), *after.ids]
             texts = pieces(whole) if before.ids or after.ids else []
             start, stop = len(before.ids), len(before.ids) + len(ids)
             strands.append(
                 Strand(
-                    number, sample, place, ("chosen", "rejected")[side] if samples.group_size == 2 else "",
+                    number, sample, place, what_is_said(rest.renderer.form, samples.label(sample), side, words),
                     _tokens(ids.tolist(), pieces(ids.tolist()), positions, weights.tolist(), pieces),
                     _tokens(before.ids, texts[:start], range(-start, 0), before.weights, pieces),
                     _tokens(after.ids, texts[stop:], range(len(ids), len(ids) + len(after.ids)), after.weights, pieces),
@@ -110,8 +125,9 @@ def _tokens(
 
 
 def rows_as_json(batch: Batch, pieces: Pieces) -> list[dict[str, Any]]:
-    """The rows as they stand in the batch, padding included (sequence -1, text "")."""
+    """The rows as they stand in the batch, padding included (sequence -1, text ""), and the label of each sequence."""
     rows = []
+    labels = batch.sequence_columns["label"].tolist()
     for r, sequence_T in enumerate(batch.sequence_BT.numpy()):
         tokens = batch.tokens_BT[r].numpy()
         texts = [""] * len(tokens)
@@ -125,6 +141,7 @@ def rows_as_json(batch: Batch, pieces: Pieces) -> list[dict[str, Any]]:
                 "text": texts,
                 "weights": batch.weights_BT[r].tolist(),
                 "sequence": sequence_T.tolist(),
+                "labels": {number: labels[number] for number in dict.fromkeys(sequence_T[sequence_T >= 0].tolist())},
             }
         )
     return rows

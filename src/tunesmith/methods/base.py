@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -43,6 +44,7 @@ class Method:
         self.config = config
         self.optimizer_config = optimizer_config
         self.max_grad_norm = max_grad_norm
+        self.start: dict[str, Tensor] | None = None
 
     def adapt(self, model: Any) -> None:
         """Choose or insert what trains. Runs before the engine places the model."""
@@ -88,6 +90,30 @@ class Method:
             for name, value in {"loss": loss.detach(), **more}.items():
                 metrics[name] = metrics.get(name, 0) + value
         return {name: self.engine.sum(value) for name, value in metrics.items()}
+
+    def keep_start(self) -> None:
+        """Keep what `at_start` needs. Runs after `bind` and before any step or loaded state."""
+        if self.start is None and self.start_bytes():
+            self.start = {name: p.detach().clone() for name, p in self.params.items()}
+
+    def start_bytes(self) -> int:
+        """What `keep_start` keeps: a frozen copy of all that trains."""
+        return sum(p.numel() * p.element_size() for p in self.params.values())
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Inside, the model is what it was when `bind` ran; for passes without gradient. Needs `keep_start`."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Exchange what trains with its frozen copy. Only pointers move."""
+        assert self.start is not None, "keep_start has not been called"
+        for name, p in self.params.items():
+            p.data, self.start[name] = self.start[name], p.data
 
     def memory(self, shapes: Mapping[str, tuple[int, int]]) -> Memory:
         """Bytes held through a step for the trainable parameters. shapes: name → (elements, bytes per element)."""

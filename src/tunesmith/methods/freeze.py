@@ -7,11 +7,14 @@ from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.methods.base import Method
-from tunesmith.models.load import blocks
+from tunesmith.models.load import blocks, head_kind, value_head
 
 
 class Freeze(Method):
-    """The first or last n transformer blocks, or parameters by name pattern; everything else stays."""
+    """The first or last n transformer blocks, or parameters by name pattern; everything else stays.
+
+    A value head, which may start at random, always trains.
+    """
 
     def adapt(self, model: Any) -> None:
         model.requires_grad_(False)
@@ -23,6 +26,8 @@ class Freeze(Method):
             )
         for _, block in found[:first] + found[len(found) - last :]:
             block.requires_grad_(True)
+        if head_kind(model) != "language":
+            value_head(model).requires_grad_(True)
         # with duplicates: a tied head is found under its own name too
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         for pattern in self.config.patterns:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ from torch import nn
 from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, Method
 from tunesmith.models.families import family_of
-from tunesmith.models.load import decoder_name
+from tunesmith.models.load import HeadKind, decoder_name, head_kind, value_head_name
+
+TASKS: dict[HeadKind, str] = {"language": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+"""PEFT's names for what a model is for. Those of a value head make it train in full and be saved with the adapter."""
 
 
 class Lora(Method):
@@ -21,6 +26,7 @@ class Lora(Method):
     PEFT puts the adapters into the model in place, so that engine and scoring see an ordinary transformers model.
     PiSSA (Meng et al. 2024) takes the principal part out of W; on saving it is written back as an ordinary adapter of
     twice the rank for the unchanged base: ΔW = BA - B₀A₀ (PEFT's conversion).
+    A value head trains in full, in fp32, and is saved with the adapter.
     """
 
     def adapt(self, model: Any) -> None:
@@ -34,14 +40,14 @@ class Lora(Method):
             )
         excluded = [*family_of(model.config.model_type).lora_excluded, *_of_towers(model, config.targets)]
         peft_config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=TASKS[head_kind(model)],
             revision=getattr(model.config, "_commit_hash", None),
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=config.targets if config.targets == "all-linear" else list(config.targets),
             exclude_modules=excluded or None,
-            modules_to_save=list(config.modules_to_save) or None,
+            modules_to_save=self._saved_whole(model) or None,
             use_rslora=config.rslora,
             use_dora=config.dora,
             init_lora_weights=True if config.init == "default" else config.init,
@@ -55,10 +61,44 @@ class Lora(Method):
             if p.requires_grad and p.dtype == torch.bfloat16:  # PEFT casts adapters to fp32, but not modules_to_save
                 p.data = p.data.float()
 
+    def _saved_whole(self, model: Any) -> list[str]:
+        """Modules that train in full. Raises UserError where they cannot be saved."""
+        names = list(self.config.modules_to_save)
+        if head_kind(model) == "language":
+            return names
+        if self.config.init == "pissa":
+            raise UserError(
+                "method.init: pissa is saved as a difference of A and B alone, and a value head trains in full beside them; "
+                "choose another init"
+            )
+        return [*names, value_head_name(model)]
+
     def bind(self, model: nn.Module, engine: EngineLike) -> None:
         super().bind(model, engine)
+        self.off_is_start = self._says_nothing()
         if self.config.init == "pissa":
-            self.start = {name: p.detach().clone() for name, p in self.params.items()}
+            self.keep_start()  # `save` needs it too
+
+    @torch.no_grad()
+    def _says_nothing(self) -> bool:
+        """Whether B A = 0 in all adapters, up to rounding: then the model without them is the model at its start."""
+        for name, a in self.params.items():
+            if "lora_A" in name or "lora_embedding_A" in name:
+                b = self.params[name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")]
+                gram_a, gram_b = a.flatten(1).float(), b.flatten(1).float()
+                gram_a, gram_b = gram_a @ gram_a.T, gram_b.T @ gram_b
+                # |B A|² against |A|² |B|²: rounding leaves an orthogonal start 1e-6, pissa at rank r has at least 1 / r
+                if (gram_a * gram_b).sum() > 1e-4 * gram_a.trace() * gram_b.trace():
+                    return False
+        return True
+
+    def start_bytes(self) -> int:
+        return 0 if self.off_is_start else super().start_bytes()
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        with self.peft_model.disable_adapter() if self.off_is_start else super().at_start():
+            yield
 
     def lr_multiple(self, name: str) -> float:
         return self.config.lr_ratio if "lora_B" in name or "lora_embedding_B" in name else 1.0
@@ -69,6 +109,7 @@ class Lora(Method):
             return
         with tempfile.TemporaryDirectory() as start:
             trained = {name: p.detach().clone() for name, p in self.params.items()}
+            assert self.start is not None, "bind keeps it"
             self._copy_in(self.start)
             self.peft_model.peft_config["default"].init_lora_weights = True  # the adapter is saved as an ordinary one
             self.peft_model.save_pretrained(start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.config import ModelConfig
 from tunesmith.errors import UserError
@@ -11,6 +11,12 @@ from tunesmith.errors import UserError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HeadKind = Literal["language", "sequence", "token"]
+"""What a model says about its input: the next token; numbers about a sequence; numbers about each token."""
+
+CLASSES: dict[HeadKind, str] = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
+"""How transformers ends the names of its classes with a value head."""
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -90,23 +96,31 @@ def is_multimodal(architecture: PreTrainedConfig) -> bool:
     return type(architecture) in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The language model, with its vision and audio towers if it has any, its weights in `dtype`, on the CPU, to evaluate."""
+def load_model(
+    config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0
+) -> PreTrainedModel:
+    """The model with its weights in `dtype`, on the CPU, to evaluate; with its vision and audio towers if it has any.
+
+    head: language, or a value head of `num_labels` outputs. A checkpoint that has such a head keeps it; over a language
+    model it starts at random, from torch's seed. Raises UserError.
+    """
     from torch import nn
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     source = model_source(config)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     architecture = load_config(config)
-    kind = AutoModelForMultimodalLM if is_multimodal(architecture) else AutoModelForCausalLM
+    kind = _model_class(config, architecture, head)
+    if head != "language":
+        _set_num_labels(config, architecture, head, num_labels)
     try:
         model, info = kind.from_pretrained(
             source, config=architecture, dtype=dtype, output_loading_info=True, **attention, **options
         )
     except Exception as error:  # safetensors, transformers and the hub each raise types of their own
         raise UserError(_loading_failed("model", config, error)) from error
-    if missing := sorted(info["missing_keys"]):
+    may_be_new = () if head == "language" else tuple(f"{value_head_name(model)}.{part}" for part in ("weight", "bias"))
+    if missing := sorted(set(info["missing_keys"]).difference(may_be_new)):
         raise UserError(
             f"{config.path}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
             "they would start at random: it is incomplete, or of another architecture"
@@ -118,7 +132,120 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         )
     if getattr(model, "is_quantized", False):
         raise UserError(f"{config.path}: quantized weights cannot be trained yet; use the unquantized checkpoint")
-    return model.eval()
+    model.eval()
+    if head != "language":
+        _check_values(config, model)
+        # only now: read earlier, it would tell the embeddings to give that token no gradient
+        model.config.get_text_config().pad_token_id = padding_token(load_tokenizer(config))
+    return model
+
+
+def _model_class(config: ModelConfig, architecture: PreTrainedConfig, head: HeadKind) -> Any:
+    """transformers' loader for this architecture with this head. Raises UserError where there is none."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if head == "language":
+        return (
+            transformers.AutoModelForMultimodalLM if is_multimodal(architecture) else transformers.AutoModelForCausalLM
+        )
+    if is_multimodal(architecture):
+        raise UserError(
+            f"{config.path}: {architecture.model_type} reads images, audio or video; scores can be learnt by models of text "
+            "alone: take the language model as a checkpoint of its own"
+        )
+    tables = {
+        "sequence": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "token": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    }
+    name = f"AutoModel{CLASSES[head]}"
+    own_code = getattr(architecture, "auto_map", None) or {}
+    if type(architecture) not in tables[head] and not (config.trust_remote_code and name in own_code):
+        raise UserError(
+            f"{config.path}: transformers has no {CLASSES[head].removeprefix('For')} model of the architecture "
+            f"{architecture.model_type}, so it cannot learn to give scores; choose a model of another architecture"
+        )
+    return getattr(transformers, name)
+
+
+def _set_num_labels(config: ModelConfig, architecture: PreTrainedConfig, head: HeadKind, num_labels: int) -> None:
+    """Raises UserError if the checkpoint has a head with another number of outputs."""
+    assert num_labels > 0, "a value head has outputs"
+    names = [name for name in architecture.architectures or () if name.endswith(tuple(CLASSES.values()))]
+    if names and architecture.num_labels != num_labels:
+        raise UserError(
+            f"{config.path}: this {names[0]} has {architecture.num_labels} outputs, but the objective needs {num_labels}; "
+            "start from the language model that it was made of"
+        )
+    if architecture.num_labels != num_labels:
+        architecture.num_labels = num_labels
+
+
+def _check_values(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Raises UserError if the model's own forward does not give its value head's outputs at the last token, or at each."""
+    import torch
+
+    pad, rows = model.config.get_text_config().pad_token_id, model.get_input_embeddings().weight.shape[0]
+    tokens = torch.tensor([[token for token in range(min(rows, 9)) if token != pad]])
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        values = value_head(model)(decoder_of(model)(input_ids=tokens, use_cache=False)[0])
+    if head_kind(model) == "sequence":
+        values = values[:, -1]
+    if expected.shape != values.shape or not torch.allclose(values, expected, rtol=1e-2, atol=1e-2):
+        raise UserError(
+            f"{config.path}: {type(model).__name__} makes its scores by a rule of its own, not by one linear layer over the "
+            "last token's hidden state; choose a model of another architecture"
+        )
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up batches of a model with a value head: the tokenizer's own, or where that ends texts too, another
+    special token.
+
+    transformers reads a sequence's score at its last token that is not this one: so no text may end with it.
+    """
+    special = [n for n, token in tokenizer.added_tokens_decoder.items() if token.special]
+    named = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *special, tokenizer.eos_token_id]
+    token = next((n for n in named if n is not None and n != tokenizer.eos_token_id), tokenizer.eos_token_id)
+    if token is None:
+        raise UserError("model.path: the tokenizer has neither a padding token nor an end token; give it one of them")
+    return token
+
+
+def head_kind(model: torch.nn.Module) -> HeadKind:
+    """What the loaded model says about its input."""
+    name = type(model).__name__
+    return next((kind for kind, ending in CLASSES.items() if name.endswith(ending)), "language")
+
+
+def decoder_of(model: Any) -> torch.nn.Module:
+    """The language model without its head: token ids → hidden states [B, T, D], its first output."""
+    return model.get_decoder()
+
+
+def value_head(model: Any) -> torch.nn.Module:
+    """The module that maps hidden states [..., D] to values [..., C]: the model's one child with weights beside the decoder.
+
+    Its `weight` is the one in use, also where PEFT keeps the original beside a trained copy. Raises UserError.
+    """
+    return getattr(model, value_head_name(model))
+
+
+def value_head_name(model: Any) -> str:
+    """Its name: `score` in most architectures, `classifier` in some. Raises UserError if there is no such module."""
+    decoder = decoder_of(model)
+    found = [
+        name
+        for name, child in model.named_children()
+        if not any(module is decoder for module in child.modules()) and any(True for _ in child.parameters())
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"{type(model).__name__}: no single value head beside the model itself, but {', '.join(found) or 'nothing'}; "
+            "choose a model of another architecture"
+        )
+    return found[0]
 
 
 def _loading_failed(what: str, config: ModelConfig, error: Exception) -> str:
@@ -150,6 +277,6 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
 
 def decoder_name(model: PreTrainedModel) -> str:
     """Name of the module that is the language model, with a dot behind it; empty if that is the whole model."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     name = next(name for name, module in model.named_modules() if module is decoder)
     return f"{name}." if name else ""

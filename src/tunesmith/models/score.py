@@ -1,191 +1,161 @@
-"""Log-probabilities of target tokens, without ever holding a [tokens, vocabulary] tensor.
+"""One forward pass over a batch: what it says about target tokens, sequences and experts.
 
-The decoder runs once; of its hidden states only those that predict a target go on to the head, a chunk at a time.
-Shapes: B rows, T tokens, N targets of the batch, D hidden size, V vocabulary.
+The decoder runs once; of its hidden states only those that predict a target go on to the head.
+Shapes: B rows, T tokens, N targets or sequences of the batch, D hidden size, C outputs of a value head, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
+from tunesmith.models.head import Head, Targets, at_least_fp32, score_targets
+from tunesmith.models.load import decoder_of, value_head
 from tunesmith.models.media import hidden_before_head, media_inputs
-from tunesmith.types import Batch, Scores
-
-CHUNK_ELEMENTS = 2**23
-"""Logits held at once. 2^23 fp32 logits are 32 MiB: large enough for the matrix product to run at full speed."""
-
-TRAINED_CHUNK_ELEMENTS = 2**26
-"""The same under a trained head, where each chunk also adds to a [V, D] gradient: at most as many rows as make the chunk
-as large as that gradient, and at most 256 MiB."""
+from tunesmith.types import Batch, Scores, Wanted
 
 
 @dataclass(frozen=True)
-class Head:
-    """How a model turns hidden states into logits: cap · tanh(scale · (W h + b) / cap), with cap None for no cap.
+class Places:
+    """Where the targets of a batch stand, and the tokens that they are predicted from; row by row."""
 
-    `linear` is the model's own output layer, or None when its logits follow no such rule; then the model's own
-    forward gives them, and [tokens, vocabulary] is held for the targets of one micro-batch.
-    """
+    row_N: Tensor
+    column_N: Tensor
+    before_N: Tensor
+    """Column of the token before each target in its sequence."""
 
-    linear: nn.Module | None
-    scale: float = 1.0
-    cap: float | None = None
+    def of(self, x_BT: Tensor) -> Tensor:
+        """The targets' own, [N, …]."""
+        return x_BT[self.row_N, self.column_N]
 
-    def transform(self, logits: Tensor) -> Tensor:
-        """Logits from the linear layer's output."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits
+    def spread(self, x_N: Tensor, like_BT: Tensor) -> Tensor:
+        """[B, T] with the targets' numbers in their places, and 0 elsewhere."""
+        zeros = torch.zeros(like_BT.shape, dtype=x_N.dtype, device=x_N.device)
+        return zeros.index_put((self.row_N, self.column_N), x_N)
 
 
-def score(model: nn.Module, head: Head, batch: Batch) -> Scores:
-    """Score a batch. `logprobs_BT` is 0 where the batch's weight is 0: nothing is computed there."""
+def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = None) -> Scores:
+    """Score a batch. Numbers about tokens are 0 where the batch's weight is 0: nothing is computed there."""
+    wanted = wanted or Wanted()
+    noise = wanted.embedding_noise if model.training else 0.0
+    with _noisy_embeddings(model, batch, noise):
+        if wanted.values:
+            return _values(model, batch)
+        places = target_places(batch)
+        columns = {name: places.of(column) for name, column in batch.token_columns.items()}
+        targets = Targets(places.of(batch.tokens_BT), wanted, columns, places.of(batch.weights_BT))
+        router: list[Tensor] = []
+        if head.linear is None:
+            main_N, others = targets.of_logits(at_least_fp32(_model_logits(model, batch, places)))
+        else:
+            hidden_ND = _hidden_of_targets(model, head, batch, places, router if wanted.router else None)
+            main_N, others = score_targets(hidden_ND, head, targets)
+    main_BT = places.spread(main_N, batch.tokens_BT)
+    rest = [places.spread(other, batch.tokens_BT) for other in others]
+    logprobs_BT = main_BT if wanted.token_loss is None else rest.pop(0)
+    return Scores(
+        logprobs_BT,
+        token_loss_BT=None if wanted.token_loss is None else main_BT,
+        observed=dict(zip(wanted.observed, rest, strict=True)),
+        balance_N=_balance(router, batch, _experts_per_token(model)) if router else None,
+    )
+
+
+def hidden_of_targets(model: nn.Module, head: Head, batch: Batch) -> Tensor:
+    """Hidden states [N, D] from which the targets are predicted, row by row."""
+    return _hidden_of_targets(model, head, batch, target_places(batch), None)
+
+
+def target_places(batch: Batch) -> Places:
+    """Where the targets stand. The first own token of a sequence that shares its beginning follows on its parent's token."""
+    row_N, column_N = (batch.weights_BT != 0).nonzero(as_tuple=True)
+    before_N = column_N - 1
+    if batch.parent_N is not None and batch.prefix_N is not None:
+        sequence_N, position_N = batch.sequence_BT[row_N, column_N], batch.positions_BT[row_N, column_N]
+        first_own = (batch.prefix_N > 0)[sequence_N] & (position_N == batch.prefix_N[sequence_N])
+        parent_start_N = _start_columns(batch)[batch.parent_N[sequence_N]]
+        before_N = torch.where(first_own, parent_start_N + position_N - 1, before_N)
+    return Places(row_N, column_N, before_N)
+
+
+def _start_columns(batch: Batch) -> Tensor:
+    """For each sequence the column of its first own token, [N]."""
+    width = batch.sequence_BT.shape[1]
+    columns_BT = torch.arange(width, device=batch.sequence_BT.device).expand_as(batch.sequence_BT)
+    here = batch.sequence_BT >= 0
+    starts = torch.full((len(batch.sample_N),), width, device=batch.sequence_BT.device)
+    return starts.scatter_reduce(0, batch.sequence_BT[here], columns_BT[here], "amin")
+
+
+def _hidden_of_targets(
+    model: nn.Module, head: Head, batch: Batch, places: Places, router: list[Tensor] | None
+) -> Tensor:
+    """As `hidden_of_targets`; a mixture of experts leaves its routers' logits in `router`."""
+    inputs = _inputs(model, batch)
+    if any(batch.media_N):
+        hidden_BTD = hidden_before_head(model, head.linear, inputs)  # type: ignore[arg-type]
+    elif router is None:
+        hidden_BTD = decoder_of(model)(**inputs)[0]
+    else:
+        outputs = decoder_of(model)(**inputs, output_router_logits=True)
+        hidden_BTD = outputs[0]
+        router += outputs.router_logits
+    return hidden_BTD[places.row_N, places.before_N]
+
+
+def _values(model: nn.Module, batch: Batch) -> Scores:
+    hidden_BTD = decoder_of(model)(**_inputs(model, batch))[0]
+    module = value_head(model)
+    weight: Any = module.weight  # in fp32 where it trains, whatever the model's dtype
+    with torch.autocast(hidden_BTD.device.type, enabled=False):
+        values_BTC = at_least_fp32(module(hidden_BTD.to(weight.dtype)))
+    return Scores(torch.zeros_like(values_BTC[..., 0]), values_BTC=values_BTC)
+
+
+def _model_logits(model: nn.Module, batch: Batch, places: Places) -> Tensor:
+    """[N, V] through the model's own forward, at the columns that come before a target of any row."""
+    inputs = _inputs(model, batch)
+    if any(batch.media_N):
+        return model(**inputs).logits[places.row_N, places.before_N]
+    columns, index_N = places.before_N.unique(return_inverse=True)
+    return model(**inputs, logits_to_keep=columns).logits[places.row_N, index_N]
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Arguments of the model's forward."""
     inputs: dict[str, Any] = {"input_ids": batch.tokens_BT, "use_cache": False}
-    if not _one_a_row(batch):
+    if batch.parent_N is not None:
+        inputs |= {"position_ids": batch.positions_BT, "attention_mask": _tree_mask(batch, _compute_dtype(model))}
+    elif not _one_a_row(batch):
         # from positions that restart, transformers makes the mask that keeps packed sequences apart
         inputs["position_ids"] = batch.positions_BT
-    target_BT = batch.weights_BT[:, 1:] != 0
-    token_N = batch.tokens_BT[:, 1:][target_BT]
     if any(batch.media_N):
         inputs |= media_inputs(batch, model.dtype)  # type: ignore[arg-type]
-        if head.linear is None:
-            logits = model(**inputs).logits[:, :-1][target_BT]
-            logprob_N = _at_least_fp32(logits).log_softmax(-1).gather(-1, token_N[:, None])[:, 0]
-        else:
-            hidden_ND = hidden_before_head(model, head.linear, inputs)[:, :-1][target_BT]
-            logprob_N = token_logprobs(hidden_ND, token_N, head, batch.weights_BT[:, 1:][target_BT])
-    elif head.linear is None:
-        logprob_N = _from_model_logits(model, inputs, target_BT, token_N)
-    else:
-        decoder: Any = model.get_decoder()  # type: ignore[operator]
-        hidden_ND = decoder(**inputs)[0][:, :-1][target_BT]
-        logprob_N = token_logprobs(hidden_ND, token_N, head, batch.weights_BT[:, 1:][target_BT])
-    logprobs_BT = torch.zeros(batch.tokens_BT.shape, dtype=logprob_N.dtype, device=logprob_N.device)
-    logprobs_BT[:, 1:] = logprobs_BT[:, 1:].masked_scatter(target_BT, logprob_N)
-    return Scores(logprobs_BT)
+    return inputs
 
 
-def token_logprobs(hidden_ND: Tensor, token_N: Tensor, head: Head, weight_N: Tensor | None = None) -> Tensor:
-    """log p(token | hidden) for each row, [N], in at least fp32, chunked over rows.
+def _tree_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
+    """What may be attended to, where sequences share their beginnings: [B, 1, T, T], 0 or the dtype's lowest number.
 
-    `weight_N`: how the loss is likely to weigh the rows. A right guess saves work under a trained head; a wrong one
-    costs nothing but that.
+    A token sees those before it of its own sequence, and of its parent's shared beginning. Padding sees itself.
     """
-    linear: Any = head.linear
-    vocabulary, width = linear.weight.shape
-    rows = max(1, CHUNK_ELEMENTS // vocabulary)
-    if linear.weight.requires_grad:
-        rows = max(rows, min(width, TRAINED_CHUNK_ELEMENTS // vocabulary))
-    if type(linear) is nn.Linear:
-        dtype = _compute_dtype(linear.weight)
-        weight, bias = linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
-        guess_N = torch.ones(token_N.shape, device=token_N.device) if weight_N is None else weight_N
-        return _LinearLogprobs.apply(hidden_ND, weight, bias, token_N, guess_N, head, rows, torch.is_grad_enabled())
-
-    # an output layer that a method has wrapped (an adapter, a trained copy): the same chunks, through the module itself
-    def of_chunk(hidden: Tensor, token: Tensor) -> Tensor:
-        return _gather_logprobs(linear(hidden), token, head)
-
-    chunks = zip(hidden_ND.split(rows), token_N.split(rows), strict=True)
-    return torch.cat([checkpoint(of_chunk, hidden, token, use_reentrant=False) for hidden, token in chunks])
-
-
-class _LinearLogprobs(torch.autograd.Function):
-    """Chunked linear cross-entropy, per token and without the sign.
-
-    The gradients are taken in the forward pass, while a chunk's logits exist, so that no product with the vocabulary is
-    done twice. That is exact for the hidden states: a token's log-probability depends on its own alone, and the backward
-    pass only scales. The head's gradient is a sum over tokens, so it needs their weights in the loss beforehand: it is
-    taken for the guess, and used if the true weights turn out to be a multiple of it (as in every likelihood); if not,
-    the backward pass makes the chunks again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N: Tensor,
-        guess_N: Tensor, head: Head, rows: int, with_grad: bool,
-    ) -> Tensor:  # fmt: skip
-        trained = with_grad and any(p is not None and p.requires_grad for p in (weight_VD, bias_V))
-        ctx.head, ctx.rows, ctx.trained = head, rows, trained
-        logprob_N = torch.empty(token_N.shape, dtype=_at_least_fp32(hidden_ND[:0]).dtype, device=hidden_ND.device)
-        if trained:
-            upstream_N = guess_N.to(logprob_N.dtype)
-            grads = _gradients(hidden_ND, weight_VD, bias_V, token_N, upstream_N, head, rows, logprob_N)
-            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N, upstream_N, *grads)
-            return logprob_N
-        grad_now = with_grad and hidden_ND.requires_grad
-        grad_ND = torch.empty_like(hidden_ND) if grad_now else None
-        for part in _chunks(len(token_N), rows):
-            hidden = hidden_ND[part].detach().requires_grad_(grad_now)
-            with torch.set_grad_enabled(grad_now):
-                logprob = _chunk_logprobs(hidden, weight_VD, bias_V, token_N[part], head)
-            logprob_N[part] = logprob.detach()
-            if grad_ND is not None:
-                (grad_ND[part],) = torch.autograd.grad(logprob, hidden, torch.ones_like(logprob))
-        ctx.save_for_backward(grad_ND)
-        return logprob_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.trained:
-            (grad_ND,) = ctx.saved_tensors
-            return (grad_ND * grad_N[:, None].to(grad_ND.dtype), *[None] * 7)
-        hidden_ND, weight_VD, bias_V, token_N, guess_N, *grads = ctx.saved_tensors
-        factor = (grad_N * guess_N).sum() / (guess_N * guess_N).sum().clamp(min=1e-30)
-        if torch.allclose(grad_N, factor * guess_N, rtol=1e-5, atol=0.0):
-            grads = [grad.mul_(factor) for grad in grads]
-        else:
-            grads = _gradients(hidden_ND, weight_VD, bias_V, token_N, grad_N, ctx.head, ctx.rows)
-        done = [grad.to(like.dtype) for grad, like in zip(grads, (hidden_ND, weight_VD, weight_VD), strict=False)]
-        return (*done, *[None] * (8 - len(done)))
-
-
-def _gradients(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N: Tensor, upstream_N: Tensor,
-    head: Head, rows: int, logprob_N: Tensor | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of (logprob · upstream) by hidden states, weight and bias, made chunk by chunk and summed in fp32.
-
-    Fills `logprob_N` on the way if it is given.
-    """
-    wanted = [p.detach().requires_grad_() for p in (weight_VD, bias_V) if p is not None]
-    weight, bias = wanted[0], wanted[1] if bias_V is not None else None
-    grad_ND = torch.empty_like(hidden_ND)
-    sums: list[Tensor] = []
-    for part in _chunks(len(token_N), rows):
-        hidden = hidden_ND[part].detach().requires_grad_()
-        with torch.enable_grad():
-            logprob = _chunk_logprobs(hidden, weight, bias, token_N[part], head)
-        if logprob_N is not None:
-            logprob_N[part] = logprob.detach()
-        grad_ND[part], *grads = torch.autograd.grad(logprob, [hidden, *wanted], upstream_N[part])
-        if sums:
-            torch._foreach_add_(sums, [_at_least_fp32(grad) for grad in grads])
-        else:
-            sums = [_at_least_fp32(grad) for grad in grads]
-    return [grad_ND, *(sums or [torch.zeros_like(p) for p in wanted])]
-
-
-def _chunk_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, head: Head) -> Tensor:
-    return _gather_logprobs(nn.functional.linear(hidden.to(weight.dtype), weight, bias), token, head)
-
-
-def _gather_logprobs(raw_logits: Tensor, token: Tensor, head: Head) -> Tensor:
-    logits = head.transform(_at_least_fp32(raw_logits))
-    return logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-
-
-def _chunks(total: int, rows: int) -> list[slice]:
-    return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
+    assert batch.parent_N is not None
+    assert batch.prefix_N is not None
+    sequence_BT, position_BT = batch.sequence_BT, batch.positions_BT
+    own = sequence_BT[:, :, None] == sequence_BT[:, None, :]
+    parent_BT, prefix_BT = batch.parent_N[sequence_BT], batch.prefix_N[sequence_BT]
+    of_parent = (parent_BT[:, :, None] == sequence_BT[:, None, :]) & (position_BT[:, None, :] < prefix_BT[:, :, None])
+    width = sequence_BT.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=sequence_BT.device).tril()
+    allowed = (own | of_parent) & causal
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+        ~allowed, torch.finfo(dtype).min
+    )[:, None]
 
 
 def _one_a_row(batch: Batch) -> bool:
@@ -194,18 +164,61 @@ def _one_a_row(batch: Batch) -> bool:
     return bool(((batch.positions_BT == columns) | (batch.sequence_BT < 0)).all())
 
 
-def _from_model_logits(model: nn.Module, inputs: dict[str, Any], target_BT: Tensor, token_N: Tensor) -> Tensor:
-    """Through the model's own forward, at the columns that hold a target of any row."""
-    columns = target_BT.any(0).nonzero()[:, 0]
-    logits = model(**inputs, logits_to_keep=columns).logits
-    logprobs = _at_least_fp32(logits[target_BT[:, columns]]).log_softmax(-1)
-    return logprobs.gather(-1, token_N[:, None])[:, 0]
+@contextmanager
+def _noisy_embeddings(model: nn.Module, batch: Batch, alpha: float) -> Iterator[None]:
+    """NEFTune (Jain et al. 2023, arXiv 2310.05914, algorithm 1): uniform noise within ± alpha / sqrt(length × width)."""
+    if not alpha:
+        yield
+        return
+    here = batch.sequence_BT.clamp(min=0)
+    length_BT = batch.sequence_BT[batch.sequence_BT >= 0].bincount(minlength=len(batch.sample_N))[here]
+
+    def add_noise(_module: nn.Module, _arguments: Any, embedded_BTD: Tensor) -> Tensor:
+        bound_BT = alpha / (length_BT * embedded_BTD.shape[-1]).float().sqrt()
+        return embedded_BTD + (torch.rand_like(embedded_BTD) * 2 - 1) * bound_BT[..., None].to(embedded_BTD.dtype)
+
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def has_router(model: nn.Module) -> bool:
+    """Whether the model is a mixture of experts that tells where it sends its tokens."""
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        outputs: Mapping[str, Any] = decoder_of(model)(input_ids=tokens, use_cache=False, output_router_logits=True)
+    return bool(outputs.get("router_logits"))
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+def _experts_per_token(model: Any) -> int:
+    return int(model.config.get_text_config().num_experts_per_tok)
+
+
+def _balance(router: list[Tensor], batch: Batch, experts_per_token: int) -> Tensor:
+    """Load-balancing loss of each sequence (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6), over all layers together, [N].
+
+    Taken for each sequence and not for each micro-batch, so that it does not depend on how a batch is cut.
+    """
+    number = len(batch.sample_N)
+    sequence_M = batch.sequence_BT.flatten()
+    here = sequence_M >= 0
+    logits_LME = torch.stack([at_least_fp32(logits.reshape(len(sequence_M), -1)) for logits in router])[:, here]
+    probability_LME = logits_LME.softmax(-1)
+    chosen_LME = torch.zeros_like(probability_LME).scatter_(-1, probability_LME.topk(experts_per_token).indices, 1.0)
+    tokens_N = sequence_M[here].bincount(minlength=number).clamp(min=1)[:, None]
+    shares = (
+        torch.zeros(number, x.shape[-1], dtype=x.dtype, device=x.device).index_add(0, sequence_M[here], x.mean(0))
+        / tokens_N
+        for x in (chosen_LME, probability_LME)
+    )
+    chosen_NE, probability_NE = shares
+    return (chosen_NE * probability_NE).sum(-1) * probability_NE.shape[-1]
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    parameter = next(model.parameters())
+    kind = parameter.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype

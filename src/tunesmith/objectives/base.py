@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from tunesmith.types import Batch, Scores
+from tunesmith.types import Batch, Form, Scores, Wanted
 
 Metrics = dict[str, Tensor]
+"""Name → what `mean` makes: the learner adds them up over micro-batches and ranks, and reports the quotients."""
 
 
 class Objective:
     """Base of all objectives. Losses are sums over a micro-batch; the learner divides once, by the global count."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Helpers to build: reference, teacher, sampler, reward, critic."""
-    reads: ClassVar[frozenset[str]] = frozenset()
-    """Parts of Scores beyond the log-probabilities."""
-    learns_all: ClassVar[bool] = False
-    """Whether every token is a target, or only answers."""
-    pairs: ClassVar[bool] = False
-    """Whether a sample is a preference pair: two sequences that never part, the chosen one first."""
+    needs: frozenset[str] = frozenset()
+    """Helpers to build: policy, reference, teacher."""
+    reads: frozenset[str] = frozenset()
+    """Parts of Scores beyond the log-probabilities: logits (token_loss, observed), values, router, embeddings."""
+    wanted: Wanted = Wanted()
+    """The same in detail."""
+    form: ClassVar[Form] = "answers"
+    head: ClassVar[Literal["language", "sequence", "token"]] = "language"
+    """Which model of transformers' is trained: for language modelling, or for classification of sequences or tokens."""
+    num_labels: ClassVar[int] = 0
+    """Outputs of the value head, where `head` is not language."""
+    unit: ClassVar[str] = "nats per target token"
+    """Of the loss, for plots."""
+    shows: ClassVar[tuple[str, ...]] = ()
+    """Metrics that stand beside the loss in the terminal and the report."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -36,5 +45,22 @@ class Objective:
         raise NotImplementedError
 
     def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The loss summed over the micro-batch, and further sums to report; scalars."""
+        """The loss summed over the micro-batch, scalar; and metrics, each made by `mean`."""
         raise NotImplementedError
+
+    def update(self, metrics: Mapping[str, Tensor]) -> None:
+        """Learn from a step's metrics, for an objective that keeps a running number."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `update` has learnt, for the checkpoint."""
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """The inverse."""
+
+
+def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """A metric: (sum, count) of the values, weighted; [2], without gradient."""
+    values = values.detach()
+    weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
+    return torch.stack([(values * weights).sum(), weights.sum()])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from tunesmith.objectives.sft import Sft
+from typing import ClassVar
+
+from tunesmith.objectives.sft import Likelihood
+from tunesmith.types import Form
 
 
-class Pretrain(Sft):
+class Pretrain(Likelihood):
     """The same likelihood over every token: continued pretraining on text."""
 
-    learns_all = True
+    form: ClassVar[Form] = "text"

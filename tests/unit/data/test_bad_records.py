@@ -54,7 +54,8 @@ def test_the_cases_differ() -> None:
 def test_all_forms_are_shown() -> None:
     assert ALL_FORMS == (
         "chosen, rejected (and prompt, instruction or conversations); or prompt, completion, label (true or false; or "
-        "messages with label); or messages: [{role, content}, …]; or conversations: [{from, value}, …]; or instruction, "
+        "messages with label); or prompt, completions, labels (true or false for each); or messages: [{role, content}, …]; "
+        "or conversations: [{from, value}, …]; or instruction, "
         "output (and input, system, history); or prompt, completion; or text (or sentence1, sentence2), label; or query, "
         "choices, gold; or question, answer (and solution), or prompt alone; or text"
     )

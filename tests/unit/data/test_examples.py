@@ -30,7 +30,9 @@ def read(file: Path, as_chat: bool | None = None, transform: Any = None, **setti
 def test_records_become_examples_with_their_place_and_folder(tmp_path: Path) -> None:
     file = write(tmp_path / "a" / "x.jsonl", {"text": "A"}, {"text": "B"})
     assert read(file) == [
-        Example(Place(str(file), line), pieces=(Piece(text, learn=True),), folder=str(tmp_path / "a"))
+        Example(
+            Place(str(file), line), pieces=(Piece(text, learn=True),), columns=("text",), folder=str(tmp_path / "a")
+        )
         for line, text in ((1, "A"), (2, "B"))
     ]
 

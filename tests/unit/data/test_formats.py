@@ -26,6 +26,7 @@ TURNS = [{"role": message.role, "content": message.content} for message in CONVE
 SAMPLES: dict[str, dict[str, Any]] = {
     "preference": {"prompt": TURNS[:-1], "chosen": TURNS[-1:], "rejected": [{"role": "assistant", "content": "Six."}]},
     "unpaired": {"messages": TURNS, "label": False},
+    "steps": {"prompt": TURNS[:-1], "completions": ["Four plus one", "is five."], "labels": [True, False]},
     "messages": {"messages": TURNS},
     "sharegpt": {
         "system": "Be brief.",
@@ -57,6 +58,11 @@ EXPECTED = {name: Example(PLACE, messages=CONVERSATION) for name in SAMPLES} | {
         rejected=Example(PLACE, messages=(*CONVERSATION[:-1], Message("assistant", "Six."))),
     ),
     "unpaired": Example(PLACE, messages=CONVERSATION, desirable=False),
+    "steps": Example(
+        PLACE,
+        messages=(*CONVERSATION[:-1], Message("assistant", "Four plus one\n\nis five.")),
+        steps=(("Four plus one", True), ("is five.", False)),
+    ),
     "classification": Example(PLACE, messages=(Message("user", "Fine."), Message("assistant", "good"))),
     "prompt_answer": Example(
         PLACE, messages=(Message("user", "Two and two?"), Message("assistant", "2 + 2 = 4\n#### 4")), answer="4"

@@ -1,4 +1,3 @@
-from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -133,8 +132,10 @@ def test_padding_stands_at_the_end_and_says_so(case: tuple[Samples, list[int], B
 
 def test_the_types_of_a_batch() -> None:
     batch = collate(of_lengths([3, 2]), [0, 1], 8, pack=True)
-    dtypes = {field.name: getattr(batch, field.name).dtype for field in fields(batch) if field.name != "media_N"}
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    dtypes = {name: value.dtype for name, value in tensors.items()}
     assert dtypes.pop("weights_BT") == torch.float32
+    assert {name: column.dtype for name, column in batch.sequence_columns.items()} == {"label": torch.float32}
     assert set(dtypes.values()) == {torch.int64}
 
 
@@ -254,9 +255,8 @@ def test_a_group_deep_in_a_row_holds_rows_together() -> None:
 
 
 def test_moving_a_batch_moves_all_of_it() -> None:
-    batch = row_batch([[(2, 0)]])
-    assert all(
-        getattr(batch.to("meta"), field.name).device.type == "meta"
-        for field in fields(batch)
-        if field.name != "media_N"
-    )
+    moved = collate(make_samples([[1, 2]], choices=[[2, 3]]), [0], 8, pack=True).to("meta")
+    columns = [*moved.token_columns.values(), *moved.sequence_columns.values()]
+    assert len(columns) == 2
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert all(tensor.device.type == "meta" for tensor in tensors + columns)

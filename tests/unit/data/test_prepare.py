@@ -17,7 +17,7 @@ from tunesmith.data.prepare import load_samples
 from tunesmith.data.render import Renderer
 from tunesmith.data.samples import Counts, Samples
 from tunesmith.errors import UserError
-from tunesmith.types import Place
+from tunesmith.types import Form, Place
 
 
 def number_tokenizer() -> PreTrainedTokenizerFast:
@@ -49,9 +49,9 @@ def load(records: Records, **settings: Any) -> tuple[Samples, Samples]:
     return load_path("data.jsonl", **settings)
 
 
-def load_path(path: str, learns_all: bool = False, **settings: Any) -> tuple[Samples, Samples]:
+def load_path(path: str, form: Form = "answers", **settings: Any) -> tuple[Samples, Samples]:
     config = DataConfig(**{"path": path, "eval_fraction": 0.0, "truncation": "right", **settings})
-    return load_samples(config, Renderer(tokenizer, config, learns_all))
+    return load_samples(config, Renderer(tokenizer, config, form))
 
 
 def unpacked(samples: Samples) -> list[tuple[list[int], list[float], int]]:
@@ -69,6 +69,7 @@ LONG = ("10 11 12", "13 14 15 16 17 18")
 LATE = ("20 21 22 23 24 25", "26")
 """Seven tokens, the last one learnt."""
 
+LONG_PROMPT = "dropped, since their prompt alone fills data.max_tokens: 4"
 SHORT_READ = ([1, 2, 3, 4], [0, 0, 1, 1], 1)
 
 
@@ -79,7 +80,7 @@ SHORT_READ = ([1, 2, 3, 4], [0, 0, 1, 1], 1)
         (
             "right",
             [SHORT_READ, ([10, 11, 12, 13], [0, 0, 0, 1], 2)],
-            Counts(3, truncated=1, dropped=1, first_cut="data.jsonl:2"),
+            Counts(3, truncated=1, dropped=1, first_cut="data.jsonl:2", notes={LONG_PROMPT: 1}),
         ),
         (
             "left",
@@ -112,6 +113,12 @@ def test_truncation_error_names_the_record() -> None:
     assert str(caught.value) == (
         "data.jsonl:2:1: 9 tokens, more than data.max_tokens: 4: raise it, or set data.truncation to right, left, split or drop"
     )
+    with pytest.raises(UserError) as caught:
+        load([SHORT, LATE], truncation="error", max_tokens=4)
+    assert str(caught.value) == (
+        "data.jsonl:2:1: the prompt has 6 tokens, data.max_tokens is 4: nothing of the answer is left: raise it, or set "
+        "data.truncation to left or drop"
+    )
 
 
 @pytest.mark.parametrize("truncation", ["error", "drop", "right", "left", "split"])
@@ -123,15 +130,21 @@ def test_what_fits_is_not_touched(truncation: str) -> None:
 
 def test_the_first_cut_is_the_first_record_that_lost_anything() -> None:
     samples, _ = load([LATE, LONG], truncation="right", max_tokens=4)
-    assert samples.counts == Counts(2, truncated=1, dropped=1, first_cut="data.jsonl:1")
+    assert samples.counts == Counts(2, truncated=1, dropped=1, first_cut="data.jsonl:1", notes={LONG_PROMPT: 1})
 
 
 def test_all_dropped_is_an_error() -> None:
     with pytest.raises(UserError) as caught:
         load([LATE, LATE], truncation="right", max_tokens=4)
     assert str(caught.value) == (
-        "data.jsonl: nothing to learn from in 2 records: 2 lost their answers at data.max_tokens: 4; raise "
+        "data.jsonl: nothing to learn from in 2 records: 2 dropped, since their prompt alone fills data.max_tokens: 4; raise "
         "data.max_tokens, or set data.truncation: left"
+    )
+    with pytest.raises(UserError) as caught:
+        load([LONG, LATE], truncation="drop", max_tokens=4)
+    assert str(caught.value) == (
+        "data.jsonl: nothing to learn from in 2 records: 2 are longer than data.max_tokens: 4; raise data.max_tokens, or set "
+        "data.truncation: left"
     )
 
 
@@ -173,7 +186,7 @@ def test_the_held_out_share_is_chosen_by_content_hash() -> None:
 def test_the_side_does_not_depend_on_the_tokens() -> None:
     """Another template, tokenizer or objective must not carry held-out records into training."""
     lines = [{line for _, _, line in unpacked(part)} for part in load(MANY, eval_fraction=0.2)]
-    assert lines == [{line for _, _, line in unpacked(part)} for part in load(MANY, learns_all=True, eval_fraction=0.2)]
+    assert lines == [{line for _, _, line in unpacked(part)} for part in load(MANY, form="text", eval_fraction=0.2)]
 
 
 def test_a_sample_keeps_its_side_when_records_are_added_or_reordered() -> None:
@@ -279,7 +292,7 @@ def test_a_second_start_takes_the_samples_from_the_cache(monkeypatch: pytest.Mon
 CHANGES: dict[str, dict[str, Any]] = {
     "max_tokens": {"max_tokens": 5},
     "truncation": {"truncation": "left"},
-    "objective": {"learns_all": True},
+    "objective": {"form": "text"},
     "as_chat": {"as_chat": False},
     "columns": {"columns": {"prompt": "prompt"}},
     "template variables": {"template_variables": {"a": 1}},
@@ -424,7 +437,7 @@ def preference(name: str) -> None:
 def test_pairs_are_cut_and_dropped_together(truncation: str, read: list[list[int]], dropped: int) -> None:
     preference("pairs.jsonl")
     config = DataConfig(path="pairs.jsonl", eval_fraction=0.0, truncation=truncation, max_tokens=4)  # type: ignore[arg-type]
-    samples, _ = load_samples(config, Renderer(tokenizer, config, pairs=True))
+    samples, _ = load_samples(config, Renderer(tokenizer, config, "pairs"))
     assert [tokens.tolist() for n in range(len(samples)) for tokens, _ in samples.sequences(n)] == read
     assert samples.counts.dropped == dropped
     assert samples.group_size == 2
@@ -447,8 +460,8 @@ def test_undesirable_answers_are_left_out_and_counted() -> None:
     assert [tokens for tokens, _, _ in unpacked(samples)] == [[1, 2, 3]]
     assert samples.counts.notes == {"answers marked as undesirable, left out": 1}
     config = DataConfig(path="kto.jsonl")
-    with pytest.raises(UserError, match="no preference pair: no rejected answer"):
-        load_samples(config, Renderer(tokenizer, config, pairs=True))
+    with pytest.raises(UserError, match="no preference pair: looked for chosen and rejected"):
+        load_samples(config, Renderer(tokenizer, config, "pairs"))
 
 
 def test_counts_add_up() -> None:

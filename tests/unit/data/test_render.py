@@ -6,9 +6,9 @@ import pytest
 from tests.families import CHATML, train_tokenizer
 from tunesmith.config import DataConfig
 from tunesmith.data.encode import Encoder
-from tunesmith.data.render import Marked, Renderer
+from tunesmith.data.render import Marked, Renderer, Sample
 from tunesmith.errors import DataError
-from tunesmith.types import Example, Message, Piece, Place, ToolCall
+from tunesmith.types import Example, Form, Message, Piece, Place, ToolCall
 
 PLACE = Place("chats.jsonl", 7)
 TURNS = (
@@ -21,15 +21,15 @@ TURNS = (
 CHAT = Example(PLACE, messages=TURNS)
 
 
-def renderer(tokenizer: Any, learns_all: bool = False, pairs: bool = False, **settings: Any) -> Renderer:
-    return Renderer(tokenizer, DataConfig(path="x", **settings), learns_all, pairs)
+def renderer(tokenizer: Any, form: Form = "answers", **settings: Any) -> Renderer:
+    return Renderer(tokenizer, DataConfig(path="x", **settings), form)
 
 
 def learnt(marked: Marked) -> list[tuple[str, float]]:
     return [(marked.text[start:stop], weight) for start, stop, weight in marked.spans]
 
 
-def only(samples: list[tuple[Marked, ...]]) -> Marked:
+def only(samples: list[Sample]) -> Marked:
     [(marked,)] = samples
     return marked
 
@@ -64,14 +64,14 @@ def test_a_messages_own_weight_wins(tokenizer: Any) -> None:
     assert learnt(marked) == [
         ("a<|im_end|>", 0.5), ("b<|im_end|>", 0.0), ("d e<|im_end|>", 2.0),
     ]  # fmt: skip
-    assert only(renderer(tokenizer, learns_all=True).render(example)).spans == ()
+    assert only(renderer(tokenizer, "text").render(example)).spans == ()
 
 
 def test_plain_text(tokenizer: Any) -> None:
     example = Example(PLACE, pieces=(Piece("a ", False), Piece("b", True)))
     marked = only(renderer(tokenizer).render(example))
     assert (marked.text, marked.base, marked.spans, marked.plain) == ("a b", 0.0, ((2, 3, 1.0),), True)
-    marked = only(renderer(tokenizer, learns_all=True).render(example))
+    marked = only(renderer(tokenizer, "text").render(example))
     assert (marked.text, marked.base, marked.spans, marked.plain) == ("a b", 1.0, (), True)
 
 
@@ -93,13 +93,17 @@ def test_special_tokens_in_the_datas_own_text_are_marked_as_text(tokenizer: Any)
 def test_a_pair_is_two_sequences_and_without_need_its_chosen_side(tokenizer: Any) -> None:
     rejected = Example(PLACE, messages=(*TURNS[:-1], Message("assistant", "f")))
     pair = replace(CHAT, rejected=rejected)
-    [(chosen, worse)] = renderer(tokenizer, pairs=True).render(pair)
+    [(chosen, worse)] = renderer(tokenizer, "pairs").render(pair)
     assert (learnt(chosen), learnt(worse)) == ([("d e<|im_end|>", 1.0)], [("f<|im_end|>", 1.0)])
     rendering = renderer(tokenizer)
     assert only(rendering.render(pair)) == only(renderer(tokenizer).render(CHAT))
     assert rendering.notes == {"preference pairs of which the chosen answer is learnt": 1}
-    with pytest.raises(DataError, match="no preference pair: no rejected answer: add one, or use objective: sft"):
-        renderer(tokenizer, pairs=True).render(CHAT)
+    with pytest.raises(DataError) as caught:
+        renderer(tokenizer, "pairs").render(CHAT)
+    assert str(caught.value) == (
+        "chats.jsonl:7: no preference pair: looked for chosen and rejected (with prompt, instruction or conversations): "
+        "name the columns in data.columns, or use objective: sft"
+    )
 
 
 def test_undesirable_answers_are_not_learnt(tokenizer: Any) -> None:
@@ -107,7 +111,7 @@ def test_undesirable_answers_are_not_learnt(tokenizer: Any) -> None:
     assert rendering.render(replace(CHAT, desirable=False)) == []
     assert len(rendering.render(replace(CHAT, desirable=True))) == 1
     assert rendering.notes == {"answers marked as undesirable, left out": 1}
-    assert len(renderer(tokenizer, learns_all=True).render(replace(CHAT, desirable=False))) == 1
+    assert len(renderer(tokenizer, "text").render(replace(CHAT, desirable=False))) == 1
 
 
 def test_reasoning_that_the_template_does_not_know_is_told(tokenizer: Any) -> None:

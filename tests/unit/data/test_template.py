@@ -15,7 +15,7 @@ from tunesmith.data.encode import Encoder
 from tunesmith.data.render import Marked, Renderer
 from tunesmith.errors import DataError, UserError
 from tunesmith.models.load import chatml_for
-from tunesmith.types import Example, Message, Piece, Place, ToolCall
+from tunesmith.types import Example, Form, Message, Piece, Place, ToolCall
 
 PLACE = Place("chats.jsonl", 7)
 END = "<|im_end|>"
@@ -109,18 +109,18 @@ def with_template(template: str | None) -> Any:
     return tokenizer
 
 
-def renderer(tokenizer: Any, learns_all: bool = False, **data: Any) -> Renderer:
-    return Renderer(tokenizer, DataConfig(path="x", **data), learns_all)
+def renderer(tokenizer: Any, form: Form = "answers", **data: Any) -> Renderer:
+    return Renderer(tokenizer, DataConfig(path="x", **data), form)
 
 
-def render(tokenizer: Any, example: Example, learns_all: bool = False, **data: Any) -> Marked:
-    ((marked,),) = renderer(tokenizer, learns_all, **data).render(example)
+def render(tokenizer: Any, example: Example, form: Form = "answers", **data: Any) -> Marked:
+    ((marked,),) = renderer(tokenizer, form, **data).render(example)
     return marked
 
 
-def encode(tokenizer: Any, example: Example, learns_all: bool = False, **data: Any) -> tuple[list[int], list[float]]:
+def encode(tokenizer: Any, example: Example, form: Form = "answers", **data: Any) -> tuple[list[int], list[float]]:
     """Tokens and weights of an example that becomes one sequence."""
-    encoded = Encoder(tokenizer).encode([render(tokenizer, example, learns_all, **data)])
+    encoded = Encoder(tokenizer).encode([render(tokenizer, example, form, **data)])
     assert len(encoded.tokens) == len(encoded.weights) == encoded.offsets[-1]
     return encoded.tokens.tolist(), encoded.weights.tolist()
 
@@ -132,9 +132,9 @@ def learnt(tokenizer: Any, example: Example, **data: Any) -> str:
     return "|".join(tokenizer.decode(tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
-def refusal(tokenizer: Any, example: Example, learns_all: bool = False, **data: Any) -> str:
+def refusal(tokenizer: Any, example: Example, form: Form = "answers", **data: Any) -> str:
     with pytest.raises(DataError) as caught:
-        encode(tokenizer, example, learns_all, **data)
+        encode(tokenizer, example, form, **data)
     return str(caught.value)
 
 
@@ -264,7 +264,7 @@ def test_a_template_that_forgets_answers_is_refused_but_for_the_last() -> None:
     )
     assert learnt(tokenizer, chat(*turns[:2])) == "A long answer<|im_end|>"
     assert learnt(tokenizer, chat(*turns), learn="last") == "Yes<|im_end|>"
-    assert set(encode(tokenizer, chat(*turns), learns_all=True)[1][1:]) == {1.0}
+    assert set(encode(tokenizer, chat(*turns), form="text")[1][1:]) == {1.0}
 
 
 def test_a_template_that_looks_at_the_words_is_refused_with_the_first_difference() -> None:
@@ -383,7 +383,7 @@ def test_each_leaves_out_answers_of_no_weight(tokenizer: Any) -> None:
 def test_learning_all_learns_every_token_but_the_first(template: str) -> None:
     tokenizer = with_template(template)
     for example in (chat(*CHATS["system"]), chat(("user", "a")), text(("a b", False), ("c", True))):
-        for all_of_it in ({"learns_all": True}, {"learn": "all"}):
+        for all_of_it in ({"form": "text"}, {"learn": "all"}):
             tokens, weights = encode(tokenizer, example, **all_of_it)
             assert weights == [0.0] + [1.0] * (len(tokens) - 1)
 
@@ -589,8 +589,8 @@ def test_a_tokenizer_without_an_end_adds_none() -> None:
 
 
 def test_plain_text_is_learnt_but_for_its_first_token(tokenizer: Any) -> None:
-    for learns_all in (False, True):
-        tokens, weights = encode(tokenizer, text(("a b", True)), learns_all)
+    for form in ("answers", "text"):
+        tokens, weights = encode(tokenizer, text(("a b", True)), form)
         assert tokenizer.decode(tokens) == "a b<|im_end|>"
         assert weights == [0.0] + [1.0] * (len(tokens) - 1)
 

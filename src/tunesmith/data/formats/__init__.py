@@ -13,6 +13,7 @@ from tunesmith.data.formats.preference import Preference
 from tunesmith.data.formats.prompt_answer import QUESTIONS, REPLIES, PromptAnswer
 from tunesmith.data.formats.prompt_completion import PromptCompletion
 from tunesmith.data.formats.sharegpt import Sharegpt
+from tunesmith.data.formats.steps import Steps
 from tunesmith.data.formats.text import Text
 from tunesmith.data.formats.unpaired import Unpaired
 from tunesmith.errors import DataError
@@ -22,6 +23,7 @@ FORMATS: dict[str, type[Format]] = {
     # The first that matches wins. Those that add keys to another form come before it.
     "preference": Preference,
     "unpaired": Unpaired,
+    "steps": Steps,
     "messages": Messages,
     "sharegpt": Sharegpt,
     "alpaca": Alpaca,
@@ -32,7 +34,7 @@ FORMATS: dict[str, type[Format]] = {
 }
 KEYS = (
     "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "chosen", "rejected", "label",
-    "question", "answer", "text", "choices",
+    "question", "answer", "text", "choices", "completions", "labels",
 )  # fmt: skip
 """Keys that a misspelt one may have been meant to be."""
 ASKED = (*QUESTIONS, "query", "input", "q")

@@ -37,6 +37,8 @@ OUTPUTS = ("output", "response")
 """Keys of alpaca's answer."""
 
 FINAL_ANSWER = "#### "
+STEP_BREAK = "\n\n"
+"""Stands between the steps of a solution."""
 
 
 class Format:

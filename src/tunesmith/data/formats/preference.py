@@ -4,10 +4,13 @@
 writes them, or two texts with a common beginning; alpaca's {"instruction", "input", "chosen", "rejected"}, or its output
 as [better, worse]; ShareGPT's {"conversations", "chosen", "rejected"}; LLaMA-Factory v1's chosen_messages and
 rejected_messages. Answers that are whole conversations carry their prompt: a prompt beside them is not read.
+
+By how much the better one is better: `margin`, or the difference of the two answers' scores.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import replace
@@ -40,9 +43,11 @@ from tunesmith.types import Example, Message, Piece, Place
 
 ANSWERS = ("chosen", "rejected")
 CONVERSATION_PAIR = ("chosen_messages", "rejected_messages")
+SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
 QUESTIONS = ("instruction", "question", *INPUTS)
 """Keys of a user's turn."""
 TRANSCRIPT_START = "\n\nHuman:"
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -61,7 +66,7 @@ class Preference(Format):
         better, worse = (self._side(record, side, place) for side in (0, 1))
         if _is_empty(better) and _is_empty(worse):
             raise DataError(place, _answer_path(record, 0), "both answers are empty", "remove the record")
-        return replace(better, rejected=worse)
+        return replace(better, rejected=worse, margin=_margin(record, place))
 
     def _side(self, record: Record, side: int, place: Place) -> Example:
         """The better (0) or the worse (1) of the two examples."""
@@ -80,6 +85,25 @@ class Preference(Format):
         else:
             return _read_texts(record, side, place)
         return conversation(with_answer(messages, answer, record, place, path), record, place, path)
+
+
+def _margin(record: Record, place: Place) -> float | None:
+    """By how much the better answer is better, where the record says so."""
+    if record.get("margin") is not None:
+        return _number(record, "margin", place)
+    for better, worse in SCORES:
+        if record.get(better) is not None and record.get(worse) is not None:
+            return _number(record, better, place) - _number(record, worse, place)
+    return None
+
+
+def _number(record: Record, key: str, place: Place) -> float:
+    value = record[key]
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):  # a .csv file has no other numbers
+        value = float(value)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise DataError(place, (key,), f"expected a number, found {show(value)}", "write a number, or leave it out")
+    return float(value)
 
 
 def _ranked_outputs(record: Record) -> Any:

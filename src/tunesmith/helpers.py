@@ -1,0 +1,214 @@
+"""What an objective needs beside the model: a reference, the model itself without gradient, a teacher.
+
+Each is built from `objective.needs`, once, before training and before a resume loads its state: what is "the model at its
+start" is then the model that was loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tunesmith.cache import cache_folder
+from tunesmith.config import ModelConfig, RunConfig
+from tunesmith.display import short_bytes
+from tunesmith.engines import SingleEngine, build_engine
+from tunesmith.errors import UserError
+from tunesmith.learner import Learner, logprobs_of
+from tunesmith.manifest import weights_hash
+from tunesmith.models.load import load_model, load_tokenizer, model_source
+from tunesmith.objectives import Objective
+from tunesmith.score_store import ScoreStore, StoreWriter
+from tunesmith.types import Batch
+
+Watch = Callable[[str, int], None]
+
+
+class Helper(Protocol):
+    """What all helpers can do."""
+
+    def describe(self) -> str:
+        """What it is and what it holds, for the run's header."""
+        ...
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model as it is now, without gradient."""
+
+    learner: Learner
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the batch's targets, [B, T]."""
+        return self.learner.logprobs(batch)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return self.learner.engine.sum(x)
+
+    def describe(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class StartReference:
+    """The model as it was before training: an adapter switched off, or a frozen copy of what trains."""
+
+    learner: Learner
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the batch's targets, [B, T]."""
+        return self.learner.logprobs(batch, at_start=True)
+
+    def describe(self) -> str:
+        held = self.learner.method.start_bytes()
+        return f"a frozen copy of what trains · {short_bytes(held)}" if held else "the adapter switched off · no memory"
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """Another model."""
+
+    path: str
+    model: Any
+    engine: SingleEngine
+    micro_batch_tokens: int
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the batch's targets, [B, T]."""
+        return logprobs_of(self.model, self.engine, batch, self.micro_batch_tokens)
+
+    def describe(self) -> str:
+        held = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return f"{self.path} · {short_bytes(held)}"
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    """Log-probabilities that were taken before training."""
+
+    store: ScoreStore
+    spared: str
+    """What a live reference would cost."""
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the batch's targets, [B, T]."""
+        return self.store.columns(batch)["logprobs"]
+
+    def describe(self) -> str:
+        return f"precomputed · {short_bytes(self.store.num_bytes())} on disk · spares {self.spared}"
+
+
+def build_helpers(
+    config: RunConfig, objective: Objective, learner: Learner, batches: Iterable[Batch], fingerprint: str, watch: Watch
+) -> dict[str, Any]:
+    """The helpers that the objective needs, by name.
+
+    batches: all that will ever be scored, training and held-out samples once each; fingerprint: of those samples.
+    """
+    helpers: dict[str, Any] = {}
+    if "policy" in objective.needs:
+        helpers["policy"] = Policy(learner)
+    if "reference" in objective.needs:
+        helpers["reference"] = _reference(config, learner, batches, fingerprint, watch)
+    if "teacher" in objective.needs:
+        from tunesmith.teacher import open_teacher
+
+        helpers["teacher"] = open_teacher(config, learner, batches, fingerprint, watch)
+    return helpers
+
+
+def _reference(
+    config: RunConfig, learner: Learner, batches: Iterable[Batch], fingerprint: str, watch: Watch
+) -> StartReference | ModelReference | StoredReference:
+    section: Any = config.objective
+    other = section.reference_model
+    if section.reference == "live":
+        if other:
+            return _load_reference(config, learner)
+        learner.method.keep_start()
+        return StartReference(learner)
+    model = ModelConfig(path=other) if other else config.model
+    facts = {
+        "what": "log-probabilities of a reference",
+        "model": weights_hash(model_source(model)) or model.path,
+        "revision": model.revision,
+        "precision": config.model.precision,
+        "samples": fingerprint,
+    }
+    scorer: list[ModelReference | Policy] = []
+
+    def logprobs(batch: Batch) -> dict[str, Tensor]:
+        if not scorer:  # nothing is loaded where the numbers are in the cache
+            scorer.append(_load_reference(config, learner) if other else Policy(learner))
+        return {"logprobs": scorer[0].logprobs(batch)[batch.weights_BT != 0].float()}
+
+    store = stored_scores(facts, batches, logprobs, "the reference", watch)
+    held = learner.method.start_bytes()
+    spared = other or (f"a frozen copy of {short_bytes(held)}" if held else "a forward pass a step")
+    return StoredReference(store, spared)
+
+
+def _load_reference(config: RunConfig, learner: Learner) -> ModelReference:
+    """The model that `reference_model` names. Raises UserError, also where its vocabulary is another one."""
+    path = config.objective.reference_model  # type: ignore[union-attr]
+    model_config = config.model.model_copy(update={"path": path, "revision": None, "chat_template": None})
+    try:
+        ours, theirs = (load_tokenizer(each).get_vocab() for each in (config.model, model_config))
+        model = load_model(model_config, learner.model.dtype)
+    except UserError as error:
+        raise UserError(f"objective.reference_model: {error}") from error
+    if ours != theirs:
+        raise UserError(
+            f"objective.reference_model: {path}: its tokenizer numbers the tokens otherwise than {config.model.path}'s; a "
+            "reference must read the same tokens"
+        )
+    engine = build_engine(config.engine, learner.engine.precision)
+    return ModelReference(path, engine.place(model).requires_grad_(False), engine, learner.micro_batch_tokens)
+
+
+def stored_scores(
+    facts: dict[str, Any],
+    batches: Iterable[Batch],
+    score: Callable[[Batch], dict[str, Tensor]],
+    what: str,
+    watch: Watch,
+    folder: Path | None = None,
+) -> ScoreStore:
+    """Numbers about every target of the batches, from the folder (default: the cache, keyed by `facts`), or made now.
+
+    score: batch → name → [targets, …], row by row.
+    """
+    if folder is None:
+        key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        folder = cache_folder() / "scores" / key
+    if folder.exists():
+        return ScoreStore.open(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+        try:
+            writer, done = StoreWriter(aside, facts), 0
+            for batch in batches:
+                writer.add(batch, score(batch))
+                done += len(batch.sample_N)
+                watch(what, done)
+            writer.close()
+            with suppress(OSError):  # another process may have been faster
+                aside.replace(folder)
+            return ScoreStore.open(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: scores cannot be written: {error}; make room, or set TUNESMITH_CACHE") from error

@@ -1,0 +1,230 @@
+"""From hidden states to numbers about tokens, without ever holding a [tokens, vocabulary] tensor.
+
+Hidden states that predict a target go through the head a chunk at a time.
+Shapes: N targets, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from tunesmith.types import Wanted
+
+CHUNK_ELEMENTS = 2**23
+"""Logits held at once. 2^23 fp32 logits are 32 MiB: large enough for the matrix product to run at full speed."""
+
+TRAINED_CHUNK_ELEMENTS = 2**26
+"""The same under a trained head, where each chunk also adds to a [V, D] gradient: at most as many rows as make the chunk
+as large as that gradient, and at most 256 MiB."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model turns hidden states into logits: cap · tanh(scale · (W h + b) / cap), with cap None for no cap.
+
+    `linear` is the model's own output layer, or None when its logits follow no such rule; then the model's own
+    forward gives them, and [tokens, vocabulary] is held for the targets of one micro-batch.
+    """
+
+    linear: nn.Module | None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """Logits from the linear layer's output, in at least fp32."""
+        logits = at_least_fp32(logits)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V] from hidden states, all at once."""
+        linear: Any = self.linear
+        return self.transform(linear(hidden_ND.to(linear.weight.dtype)))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens that are scored, and what the objective wants to know about them."""
+
+    token_N: Tensor
+    wanted: Wanted = field(default_factory=Wanted)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """The batch's token columns at the targets, [N, …]."""
+    weight_N: Tensor | None = None
+    """The batch's loss weights at the targets."""
+
+    def part(self, rows: slice) -> Targets:
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return Targets(self.token_N[rows], self.wanted, columns)
+
+    @property
+    def num_others(self) -> int:
+        """How many numbers without gradient there are for each target."""
+        return len(self.wanted.observed) + (self.wanted.token_loss is not None)
+
+    def of_logits(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """([N] that carries the gradient: the token loss if there is one, else the log-probability; [others, N] that do not)."""
+        with torch.set_grad_enabled(self.wanted.token_loss is None and torch.is_grad_enabled()):
+            logprobs_NV = logits_NV.log_softmax(-1)
+            logprob_N = logprobs_NV.gather(-1, self.token_N[:, None])[:, 0]
+        main_N, others = logprob_N, []
+        if self.wanted.token_loss is not None:
+            main_N = self.wanted.token_loss(logits_NV, self.token_N, self.columns)
+            others.append(logprob_N)
+        with torch.no_grad():
+            others += [term(logprobs_NV, self.token_N, self.columns) for term in self.wanted.observed.values()]
+        return main_N, torch.stack(others) if others else logprob_N.new_zeros(0, len(logprob_N))
+
+
+def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tensor, Tensor]:
+    """What `Targets.of_logits` says, from hidden states and in chunks; at least fp32."""
+    linear: Any = head.linear
+    vocabulary, width = linear.weight.shape
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+    if linear.weight.requires_grad:
+        rows = max(rows, min(width, TRAINED_CHUNK_ELEMENTS // vocabulary))
+    if type(linear) is nn.Linear:
+        dtype = _compute_dtype(linear.weight)
+        weight, bias = linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
+        return _ChunkedHead.apply(hidden_ND, weight, bias, targets, head, rows, torch.is_grad_enabled())
+
+    # an output layer that a method has wrapped (an adapter, a trained copy): the same chunks, through the module itself
+    def of_chunk(hidden: Tensor, part: Targets) -> tuple[Tensor, Tensor]:
+        return part.of_logits(head.transform(linear(hidden)))
+
+    chunks = [
+        checkpoint(of_chunk, hidden_ND[part], targets.part(part), use_reentrant=False)
+        for part in _chunks(len(hidden_ND), rows)
+    ]
+    mains, others = (
+        zip(*chunks, strict=True)
+        if chunks
+        else ((hidden_ND[:, 0].float(),), (hidden_ND.new_zeros(targets.num_others, 0),))
+    )
+    return torch.cat(mains), torch.cat(others, dim=1)
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """A linear layer and what comes after it, chunked; the gradient of one number for each row.
+
+    Gradients are taken in the forward pass, while a chunk's logits exist, so that no product with the vocabulary is done
+    twice. That is exact for the hidden states: a token's number depends on its own alone, and the backward pass only
+    scales. A trained head's gradient is a sum over tokens, so it needs their weights in the loss beforehand. For a
+    likelihood they are a multiple of the batch's weights, and taken for that; for other losses (and should the guess be
+    wrong) the backward pass makes the chunks again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets: Targets, head: Head, rows: int,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.targets, ctx.head, ctx.rows = targets, head, rows
+        ctx.trained = with_grad and any(p is not None and p.requires_grad for p in (weight_VD, bias_V))
+        number, dtype = len(targets.token_N), at_least_fp32(hidden_ND[:0]).dtype
+        out = (
+            torch.empty(number, dtype=dtype, device=hidden_ND.device),
+            torch.empty(targets.num_others, number, dtype=dtype, device=hidden_ND.device),
+        )
+        if ctx.trained and targets.wanted.is_likelihood:
+            guess_N = torch.ones_like(out[0]) if targets.weight_N is None else targets.weight_N.to(dtype)
+            grads = _gradients(hidden_ND, weight_VD, bias_V, targets, guess_N, head, rows, out)
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, guess_N, *grads)
+        else:
+            grad_now = with_grad and hidden_ND.requires_grad and not ctx.trained
+            grad_ND = torch.empty_like(hidden_ND) if grad_now else None
+            for part in _chunks(number, rows):
+                hidden = hidden_ND[part].detach().requires_grad_(grad_now)
+                with torch.set_grad_enabled(grad_now):
+                    main = _fill(out, part, hidden, weight_VD, bias_V, targets, head)
+                if grad_ND is not None:
+                    (grad_ND[part],) = torch.autograd.grad(main, hidden, torch.ones_like(main))
+            if ctx.trained:
+                ctx.save_for_backward(hidden_ND, weight_VD, bias_V, None)
+            else:
+                ctx.save_for_backward(grad_ND)
+        ctx.mark_non_differentiable(out[1])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor, _others: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.trained:
+            (grad_ND,) = ctx.saved_tensors
+            return (grad_ND * grad_N[:, None].to(grad_ND.dtype), *[None] * 6)
+        hidden_ND, weight_VD, bias_V, guess_N, *grads = ctx.saved_tensors
+        grads = _scaled(grads, guess_N, grad_N) or _gradients(
+            hidden_ND, weight_VD, bias_V, ctx.targets, grad_N, ctx.head, ctx.rows
+        )
+        done = [grad.to(like.dtype) for grad, like in zip(grads, (hidden_ND, weight_VD, weight_VD), strict=False)]
+        return (*done, *[None] * (7 - len(done)))
+
+
+def _scaled(grads: list[Tensor], guess_N: Tensor | None, grad_N: Tensor) -> list[Tensor] | None:
+    """Gradients taken for the guess, for the true weights of the rows; None if those are no multiple of it."""
+    if guess_N is None:
+        return None
+    factor = (grad_N * guess_N).sum() / (guess_N * guess_N).sum().clamp(min=1e-30)
+    if not torch.allclose(grad_N, factor * guess_N, rtol=1e-5, atol=0.0):
+        return None
+    return [grad.mul_(factor) for grad in grads]
+
+
+def _gradients(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets: Targets, upstream_N: Tensor, head: Head,
+    rows: int, out: tuple[Tensor, Tensor] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of (main · upstream) by hidden states, weight and bias, made chunk by chunk and summed in fp32.
+
+    Fills `out` on the way if it is given.
+    """
+    wanted = [p.detach().requires_grad_() for p in (weight_VD, bias_V) if p is not None]
+    weight, bias = wanted[0], wanted[1] if bias_V is not None else None
+    grad_ND = torch.empty_like(hidden_ND)
+    sums: list[Tensor] = []
+    for part in _chunks(len(upstream_N), rows):
+        hidden = hidden_ND[part].detach().requires_grad_()
+        with torch.enable_grad():
+            main = _fill(out, part, hidden, weight, bias, targets, head)
+        grad_ND[part], *grads = torch.autograd.grad(main, [hidden, *wanted], upstream_N[part])
+        if sums:
+            torch._foreach_add_(sums, [at_least_fp32(grad) for grad in grads])
+        else:
+            sums = [at_least_fp32(grad) for grad in grads]
+    return [grad_ND, *(sums or [torch.zeros_like(p) for p in wanted])]
+
+
+def _fill(
+    out: tuple[Tensor, Tensor] | None, part: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    targets: Targets, head: Head,
+) -> Tensor:  # fmt: skip
+    """One chunk's main numbers, with their graph; their values go into `out`, and those of the others."""
+    logits = head.transform(nn.functional.linear(hidden.to(weight.dtype), weight, bias))
+    main, others = targets.part(part).of_logits(logits)
+    if out is not None:
+        out[0][part], out[1][:, part] = main.detach(), others
+    return main
+
+
+def _chunks(total: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """The same in fp32, or as it is in fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
