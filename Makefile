@@ -24,6 +24,7 @@ bench: .venv/.bench .venv-llamafactory  ## every benchmark in turn, one at a tim
 	$(BIN)/python benchmarks/loss_memory/run.py
 	$(BIN)/python benchmarks/precision/run.py
 	$(BIN)/python benchmarks/loop_overhead/run.py
+	$(BIN)/python benchmarks/dpo/run.py
 	$(BIN)/python benchmarks/packing/run.py
 	$(BIN)/python benchmarks/data_throughput/run.py
 	$(BIN)/python benchmarks/data_throughput/million.py

@@ -2,8 +2,9 @@
 
     python benchmarks/objectives/run.py FOLDER [--only dpo kto …] [--steps 10] [--pictures docs/images/objectives]
 
-FOLDER holds the data sets: hh_rlhf/, llamafactory_demo/ and sst2/ as their owners publish them. Objectives on preferences train
-on two of them. Prints a row a run: data, objective, loss and metrics at the first and the last step, held-out ones before and after.
+FOLDER holds the data sets: hh_rlhf/, llamafactory_demo/ and sst2/ as their owners publish them. Objectives on preferences
+train on two of them. Prints a row a run: objective, data, loss and metrics at the first and the last step, and the held-out
+ones before and after.
 """
 
 from __future__ import annotations

@@ -307,6 +307,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
+        if self.data.truncation == "split" and self.objective.name not in ("sft", "pretrain", "distill"):
+            raise ValueError(
+                f"data.truncation: split tears answers from their prompts, which {self.objective.name} needs together; use "
+                "right, left or drop"
+            )
         if self.data.stream and not self.train.steps:
             raise ValueError("data.stream: nobody knows how long an epoch of a stream is: set train.steps")
         for setting in ("reference", "scores"):

@@ -96,8 +96,8 @@ class DpoConfig(ReferenceSection):
     """Share of the pairs that may be the wrong way round: conservative DPO; robust and exo_pair need it above 0."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
     """Which divergence from the reference the reward stands for (Wang et al. 2024)."""
-    alpha_divergence: Positive = 0.5
-    """Alpha of f_divergence: alpha."""
+    alpha_divergence: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Alpha of f_divergence: alpha. Near 0 it is reverse_kl, at 1 forward_kl."""
     ld_alpha: Share = 1.0
     """LD-DPO (Liu et al. 2024): weight of the tokens by which the longer answer exceeds the shorter one; 1: none of it."""
     sft_weight: NotNegative = 0.0
@@ -115,6 +115,10 @@ class DpoConfig(ReferenceSection):
             raise ValueError(
                 f"label_smoothing: no effect on {', '.join(self.loss)}; it is for {', '.join(sorted(smoothed))}"
             )
+        if self.alpha_divergence != 0.5 and self.f_divergence != "alpha":
+            raise ValueError("alpha_divergence: without f_divergence: alpha it would have no effect")
+        if self.discopop_tau != 0.05 and "discopop" not in self.loss:
+            raise ValueError("discopop_tau: without loss: discopop it would have no effect")
         of_ratios = {"nca_pair", "bco_pair", "sppo_hard", "aot", "apo_zero", "apo_down"} & set(self.loss)
         if self.f_divergence != "reverse_kl" and of_ratios:
             raise ValueError(f"f_divergence: {', '.join(sorted(of_ratios))} is defined for reverse_kl alone")

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from tunesmith.cache import cache_folder
 from tunesmith.config import ModelConfig, RunConfig
+from tunesmith.data.pack import batch_of
+from tunesmith.data.prepare import file_content
 from tunesmith.display import short_bytes
 from tunesmith.engines import SingleEngine, build_engine
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner, logprobs_of
-from tunesmith.manifest import weights_hash
-from tunesmith.models.load import load_model, load_tokenizer, model_source
+from tunesmith.models.load import load_config, load_model, load_tokenizer, model_source
 from tunesmith.objectives import Objective
 from tunesmith.score_store import ScoreStore, StoreWriter
 from tunesmith.types import Batch
@@ -86,8 +87,16 @@ class ModelReference:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
-        """Log-probabilities of the batch's targets, [B, T]."""
-        return logprobs_of(self.model, self.engine, batch, self.micro_batch_tokens)
+        """Log-probabilities of the batch's targets, [B, T]. It reads one sequence a row: what the policy can keep apart in
+        a row, this model perhaps cannot."""
+        apart = replace(batch_of(batch.sequences()), media_N=batch.media_N)
+        found_BT = logprobs_of(self.model, self.engine, apart, self.micro_batch_tokens)
+        places, read_from = ((x.weights_BT != 0).nonzero(as_tuple=True) for x in (batch, apart))
+        # the targets of one sequence stand in the same order in both
+        order, order_read = (x.sequence_BT[at].argsort(stable=True) for x, at in ((batch, places), (apart, read_from)))
+        logprobs_BT = torch.zeros(batch.tokens_BT.shape, dtype=found_BT.dtype)
+        logprobs_BT[places[0][order], places[1][order]] = found_BT[read_from][order_read]
+        return logprobs_BT
 
     def describe(self) -> str:
         held = sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -142,8 +151,7 @@ def _reference(
     model = ModelConfig(path=other) if other else config.model
     facts = {
         "what": "log-probabilities of a reference",
-        "model": weights_hash(model_source(model)) or model.path,
-        "revision": model.revision,
+        "model": weights_key(model),
         "precision": config.model.precision,
         "samples": fingerprint,
     }
@@ -155,14 +163,29 @@ def _reference(
         return {"logprobs": scorer[0].logprobs(batch)[batch.weights_BT != 0].float()}
 
     store = stored_scores(facts, batches, logprobs, "the reference", watch)
-    held = learner.method.start_bytes()
-    spared = other or (f"a frozen copy of {short_bytes(held)}" if held else "a forward pass a step")
-    return StoredReference(store, spared)
+    held = checkpoint_bytes(model) if other else learner.method.start_bytes()
+    what = f"{other} of" if other else "a frozen copy of"
+    return StoredReference(store, f"{what} {short_bytes(held)}" if held else "a forward pass a step")
+
+
+def weights_key(config: ModelConfig) -> str:
+    """What tells a checkpoint from every other: a hash of all its weights, or the hub's commit."""
+    source = model_source(config)
+    if not Path(source).is_dir():
+        return f"{source}@{load_config(config)._commit_hash or config.revision}"
+    files = sorted(Path(source).glob("*.safetensors")) or sorted(Path(source).glob("*.bin"))
+    return hashlib.blake2b(json.dumps([file_content(str(file)) for file in files]).encode(), digest_size=16).hexdigest()
+
+
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Bytes of a local checkpoint's weights; 0 where it is not here."""
+    return sum(file.stat().st_size for file in Path(model_source(config)).glob("*.safetensors"))
 
 
 def _load_reference(config: RunConfig, learner: Learner) -> ModelReference:
     """The model that `reference_model` names. Raises UserError, also where its vocabulary is another one."""
-    path = config.objective.reference_model  # type: ignore[union-attr]
+    section: Any = config.objective
+    path: str = section.reference_model
     model_config = config.model.model_copy(update={"path": path, "revision": None, "chat_template": None})
     try:
         ours, theirs = (load_tokenizer(each).get_vocab() for each in (config.model, model_config))

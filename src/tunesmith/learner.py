@@ -44,6 +44,7 @@ class Learner:
             return loss / count, metrics
 
         metrics = quotients(self.method.step(loss_fn, batch.split(self.micro_batch_tokens), lr))
+        metrics |= objective.derived(metrics)
         objective.update(metrics)
         tokens = {"target_tokens": (batch.weights_BT != 0).sum(), "tokens": batch.num_tokens()}
         return metrics | {name: self.engine.sum(number) for name, number in tokens.items()}
@@ -63,7 +64,8 @@ class Learner:
                     for name, value in {"loss": total, **metrics}.items():
                         sums[name] = sums.get(name, 0.0) + value.cpu().double()
         self.model.train()
-        return quotients({name: self.engine.sum(value) for name, value in sums.items()})
+        metrics = quotients({name: self.engine.sum(value) for name, value in sums.items()})
+        return metrics | objective.derived(metrics)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, at_start: bool = False) -> Tensor:

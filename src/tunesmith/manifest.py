@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from tunesmith.config import RunConfig
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.samples import Counts
 from tunesmith.display import short_bytes, short_number
@@ -70,6 +71,7 @@ def manifest(run: Run, facts: list[tuple[str, str]]) -> dict[str, Any]:
         "steps": run.steps,
         "base_model": model_source(run.config.model),
         "base_weights_hash": weights_hash(model_source(run.config.model)),
+        **{f"{setting}_hash": found for setting, (_, found) in other_models(run.config).items()},
         "chat_template_hash": text_hash(run.tokenizer.chat_template),
         "data_fingerprint": run.samples.fingerprint(),
         "held_out_fingerprint": run.held_out.fingerprint(),
@@ -79,6 +81,12 @@ def manifest(run: Run, facts: list[tuple[str, str]]) -> dict[str, Any]:
         "shows": list(run.objective.shows),
         "header": facts,
     }
+
+
+def other_models(config: RunConfig) -> dict[str, tuple[str, str | None]]:
+    """The models beside the one that trains: setting → (path, hash of its weights)."""
+    named = {setting: getattr(config.objective, setting, None) for setting in ("reference_model", "teacher")}
+    return {setting: (path, weights_hash(str(Path(path).expanduser()))) for setting, path in named.items() if path}
 
 
 def versions() -> dict[str, str]:

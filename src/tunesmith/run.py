@@ -28,7 +28,7 @@ from tunesmith.hooks import Checkpoint, Evaluate, Log
 from tunesmith.interrupt import StopRequest
 from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
-from tunesmith.manifest import describe, manifest, weights_hash
+from tunesmith.manifest import describe, manifest, other_models, weights_hash
 from tunesmith.methods import METHODS, NonFiniteError, build_method
 from tunesmith.models.load import load_model, model_source, padding_token
 from tunesmith.models.probe import attention_span, isolates_sequences, shares_prefixes
@@ -38,6 +38,10 @@ from tunesmith.report import write_report
 from tunesmith.run_data import open_data
 from tunesmith.run_folder import EventLog, RunFolder, write_folder
 from tunesmith.schedules import build_schedule
+from tunesmith.score_store import INDEX
+
+WIDEST_MASK = 8192
+"""Tokens of the longest row in which prompts are shared: the attention mask has their square, 256 MiB in fp32."""
 
 MAY_CHANGE_ON_RESUME = (
     "train.steps", "train.epochs", "train.micro_batch_tokens", "engine.", "checkpoint.", "evaluate.", "log."
@@ -173,11 +177,18 @@ def check(config: RunConfig) -> None:
     eval_sources(config.data)
     model_source(config.model)
     for setting in ("reference_model", "teacher"):
-        if path := getattr(config.objective, setting, None):
+        path = getattr(config.objective, setting, None)
+        if path and not (setting == "teacher" and _scores_are_there(config)):
             try:
                 model_source(ModelConfig(path=path))
             except UserError as error:
                 raise UserError(f"objective.{setting}: {error}") from error
+
+
+def _scores_are_there(config: RunConfig) -> bool:
+    """Whether a file holds what the teacher would say, so that it need not be here."""
+    file = getattr(config.objective, "scores_file", None)
+    return file is not None and (Path(file).expanduser() / INDEX).is_file()
 
 
 def build(config: RunConfig, watch: Watch = unwatched) -> Run:
@@ -201,7 +212,7 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
         config.data.share_prompt
         and objective.form == "pairs"
         and data.can_pack
-        and _may_share(model, samples, held_out)
+        and _may_share(config, model, pack, samples, held_out)
     )
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
     learner = Learner(
@@ -215,14 +226,21 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     return Run(config, tokenizer, objective, samples, held_out, learner, pack, share, helpers, batches, data.steps)
 
 
-def _may_share(model: Any, *sets: Samples) -> bool:
-    """Whether continuations of one beginning can stand in a row: the model obeys a mask, and sees as far as sequences are long."""
+def _may_share(config: RunConfig, model: Any, pack: bool, *sets: Samples) -> bool:
+    """Whether continuations of one beginning can stand in a row: the model obeys a mask, and sees as far as they are long."""
     span, longest = attention_span(model), max(int(part.lengths().max()) for part in sets if len(part))
-    return (span is None or longest <= span) and shares_prefixes(model)
+    if config.data.stream:
+        longest = config.data.max_tokens  # later windows may hold longer ones
+    widest = 2 * (config.data.max_tokens if pack else longest)
+    return (span is None or longest <= span) and widest <= WIDEST_MASK and shares_prefixes(model)
 
 
 def _check_fits(config: RunConfig, model: Any, objective: Objective, *sets: Samples) -> None:
     """Positions and token ids that the model knows, and experts where they are to be balanced. Raises UserError."""
+    if "router" in objective.reads and any(part.have_media for part in sets):
+        raise UserError(
+            "objective.router_loss: experts are balanced on text alone, but there are media in the data; set it to 0"
+        )
     if "router" in objective.reads and not has_router(model):
         raise UserError(
             f"objective.router_loss: {type(model).__name__} is no mixture of experts that tells where it sends its tokens; set "
@@ -250,6 +268,7 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
         (run.config.data.shown(), "data_fingerprint", run.samples.fingerprint()),
         (run.config.data.eval_path or run.config.data.shown(), "held_out_fingerprint", run.held_out.fingerprint()),
         (run.config.model.path, "base_weights_hash", weights_hash(model_source(run.config.model))),
+        *((path, f"{setting}_hash", found) for setting, (path, found) in other_models(run.config).items()),
     ):
         if before.get(key) not in (None, now):
             raise UserError(f"{what}: has changed since {folder.path} was begun; put it back, or start anew")

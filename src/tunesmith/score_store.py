@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class ScoreStore:
         """Raises UserError for a folder that is not whole."""
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            arrays = {
+            arrays: dict[str, np.ndarray] = {
                 name: np.memmap(folder / f"{name}.bin", kind, mode="r", shape=tuple(shape))
                 for name, (kind, shape) in index["arrays"].items()
             }
@@ -58,13 +59,13 @@ class ScoreStore:
         return sum(array.nbytes for array in self.arrays.values())
 
     def columns(self, batch: Batch) -> dict[str, Tensor]:
-        """For each array a token column [B, T, …] of the batch, 0 beside the targets. Raises UserError for a missing sequence."""
+        """For each array a token column [B, T, …], 0 beside the targets. Raises UserError if a sequence is missing."""
         row_M, column_M = (batch.weights_BT != 0).nonzero(as_tuple=True)
         owner_M = batch.sequence_BT[row_M, column_M]
         at_M = torch.zeros(len(owner_M), dtype=torch.long)
-        for n, (tokens, weights) in enumerate(batch.sequences()):
+        for n, key in enumerate(content_keys(batch)):
             mine = owner_M == n
-            at_M[mine] = self._find(tokens, weights, int(mine.sum())) + torch.arange(int(mine.sum()))
+            at_M[mine] = self._find(key, int(mine.sum())) + torch.arange(int(mine.sum()))
         found: dict[str, Tensor] = {}
         for name, array in self.arrays.items():
             values = torch.from_numpy(array[at_M.numpy()])
@@ -73,16 +74,22 @@ class ScoreStore:
             found[name] = column
         return found
 
-    def _find(self, tokens: Tensor, weights: Tensor, number: int) -> int:
-        """Where a sequence's targets begin."""
-        key = content_key(tokens, weights)
-        at = int(np.searchsorted(self.keys, key))
+    def check_holds(self, batches: Iterable[Batch]) -> None:
+        """Raises UserError if a sequence of the batches is missing."""
+        for batch in batches:
+            numbers = batch.sequence_BT[batch.weights_BT != 0].bincount(minlength=len(batch.sample_N)).tolist()
+            for key, number in zip(content_keys(batch), numbers, strict=True):
+                self._find(key, number)
+
+    def _find(self, key: int, number: int) -> int:
+        """Where a sequence's targets begin; `number`: how many they are."""
+        at = int(np.searchsorted(self.keys, np.uint64(key)))
         if not number:
             return 0
         if at == len(self.keys) or self.keys[at] != key or self.sizes[at] != number:
             raise UserError(
-                f"{self.folder}: holds nothing about a sample of {len(tokens)} tokens of which {number} are targets: it was made "
-                "from other data, or with another tokenizer, chat template or data.max_tokens; make it anew"
+                f"{self.folder}: holds nothing about a sample with {number} targets: it was made from other data, or with "
+                "another tokenizer, chat template or data.max_tokens; make it anew"
             )
         return int(self.starts[at])
 
@@ -101,10 +108,10 @@ class StoreWriter:
         """values: name → [targets of the batch, …], row by row."""
         row_M, column_M = (batch.weights_BT != 0).nonzero(as_tuple=True)
         owner_M = batch.sequence_BT[row_M, column_M]
-        for n, (tokens, weights) in enumerate(batch.sequences()):
+        for n, key in enumerate(content_keys(batch)):
             mine = (owner_M == n).nonzero()[:, 0]
             if len(mine):  # a sequence's targets stand next to each other
-                self.places[content_key(tokens, weights)] = self.number + int(mine[0]), len(mine)
+                self.places[key] = self.number + int(mine[0]), len(mine)
         for name, value in values.items():
             array = value.numpy()
             self.kinds.setdefault(name, (array.dtype.str, list(array.shape[1:])))
@@ -128,8 +135,13 @@ class StoreWriter:
         return ScoreStore.open(self.folder)
 
 
-def content_key(tokens: Tensor, weights: Tensor) -> int:
-    """64 bits of a sequence: its tokens, and which of them are targets."""
-    digest = hashlib.blake2b(tokens.numpy().astype("<i4").tobytes(), digest_size=8)
-    digest.update(np.packbits(weights.numpy() != 0).tobytes())
-    return int.from_bytes(digest.digest(), "little")
+def content_keys(batch: Batch) -> list[int]:
+    """64 bits of each sequence: its tokens, which of them are targets, and its images or sounds."""
+    keys = []
+    for n, (tokens, weights) in enumerate(batch.sequences()):
+        digest = hashlib.blake2b(tokens.numpy().astype("<i4").tobytes(), digest_size=8)
+        digest.update(np.packbits(weights.numpy() != 0).tobytes())
+        for name, media in sorted(batch.media_N[n].items()) if batch.media_N else ():
+            digest.update(name.encode() + media.float().numpy().tobytes())
+        keys.append(int.from_bytes(digest.digest(), "little"))
+    return keys

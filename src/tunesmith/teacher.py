@@ -21,11 +21,10 @@ from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.display import short_bytes
 from tunesmith.engines import SingleEngine, build_engine
 from tunesmith.errors import UserError
-from tunesmith.helpers import Watch, stored_scores
+from tunesmith.helpers import Watch, checkpoint_bytes, stored_scores, weights_key
 from tunesmith.learner import Learner
-from tunesmith.manifest import weights_hash
 from tunesmith.models.head import CHUNK_ELEMENTS
-from tunesmith.models.load import is_multimodal, load_config, load_model, load_tokenizer, model_source
+from tunesmith.models.load import is_multimodal, load_config, load_model, load_tokenizer
 from tunesmith.models.probe import isolates_sequences
 from tunesmith.objectives.distill import coarse_logprobs
 from tunesmith.score_store import INDEX, ScoreStore
@@ -164,6 +163,7 @@ def open_teacher(
     if folder and (folder / INDEX).is_file():
         store = ScoreStore.open(folder)
         _check_store(store, config, vocabulary)
+        store.check_holds(batches)  # now, and not in the middle of the run
         return StoredTeacher(store, store.facts["vocabulary"])
     if section.teacher is None:
         raise UserError(
@@ -252,14 +252,13 @@ def _facts(config: RunConfig, learner: Learner, vocabulary: Mapping[str, int]) -
     section: Any = config.objective
     model_config = _model_config(config)
     try:
-        source = model_source(model_config)
         size = load_config(model_config).get_text_config().vocab_size
     except UserError as error:
         raise _of_teacher(error) from error
     return {
         "what": "likeliest tokens of a teacher",
-        "model": weights_hash(source) or section.teacher,
-        "weights_bytes": sum(file.stat().st_size for file in Path(source).glob("*.safetensors")),
+        "model": weights_key(model_config),
+        "weights_bytes": checkpoint_bytes(model_config),
         "precision": str(_dtype(learner)),
         "top_k": section.top_k,
         "tokens": tokens_hash(vocabulary),
@@ -282,7 +281,7 @@ def _check_store(store: ScoreStore, config: RunConfig, vocabulary: Mapping[str, 
             f"{where}: was made for other tokens than {config.model.path} has; make it anew with that model's tokenizer"
         )
     if section.teacher and Path(section.teacher).expanduser().is_dir():
-        made_by, now = facts["model"], weights_hash(str(Path(section.teacher).expanduser()))
+        made_by, now = facts["model"], weights_key(_model_config(config))
         if made_by != now:
             raise UserError(
                 f"{where}: was made by other weights than objective.teacher's; remove the folder, or that setting"

@@ -58,7 +58,7 @@ def change_json(file: Path, **changes: Any) -> None:
 def test_a_model_folder_that_is_missing(make_config: MakeConfig, tmp_path: Path) -> None:
     for path in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
         assert refusal(make_config(model={"path": path})) == (
-            f"{path}: no such model folder (now in {Path.cwd()}); check model.path"
+            f"{path}: no such model folder (now in {Path.cwd()}); check the path"
         )
 
 

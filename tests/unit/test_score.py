@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.batches import ragged_batch
 from tests.families import make_model
 from tunesmith.models import head as module
 from tunesmith.models.head import Head, Targets, score_targets
 from tunesmith.models.probe import find_head
-from tunesmith.models.score import score
+from tunesmith.models.score import has_router, score
 from tunesmith.types import Batch, Wanted
 
 N, D, V = 23, 8, 40
@@ -137,3 +138,80 @@ def test_no_target_at_all_gives_zeros_and_a_gradient_of_zero() -> None:
     logprobs.sum().backward()
     assert not logprobs.any()
     assert not model.lm_head.weight.grad.any()
+
+
+def test_a_token_loss_carries_the_gradient_and_other_numbers_none() -> None:
+    """Both ways through the head: frozen and trained, against autograd on whole logits."""
+    torch.manual_seed(0)
+    token = torch.randint(0, V, (N,))
+    column = torch.rand(N, dtype=torch.float64)
+
+    def term(logits: Tensor, token: Tensor, columns: Any) -> Tensor:
+        return columns["scale"] * logits.logsumexp(-1) ** 2 - logits.gather(-1, token[:, None])[:, 0]
+
+    def entropy(logprobs: Tensor, token: Tensor, columns: Any) -> Tensor:
+        return -(logprobs.exp() * logprobs).sum(-1)
+
+    for trained in (False, True):
+        for is_likelihood in (False, True):
+            hidden = torch.randn(N, D, dtype=torch.float64).requires_grad_()
+            linear = nn.Linear(D, V, dtype=torch.float64).requires_grad_(trained)
+            wanted = Wanted(token_loss=term, observed={"entropy": entropy}, is_likelihood=is_likelihood)
+            upstream = torch.rand(N, dtype=torch.float64)
+            targets = Targets(token, wanted, {"scale": column}, upstream)
+            main, others = score_targets(hidden, Head(linear), targets)
+            leaves = [hidden, *(p for p in linear.parameters() if trained)]
+            found = torch.autograd.grad((main * upstream).sum(), leaves)
+            logits = linear(hidden)
+            expected = term(logits, token, {"scale": column})
+            torch.testing.assert_close(main, expected)
+            logprobs = logits.log_softmax(-1)
+            torch.testing.assert_close(others[0], logprobs.gather(-1, token[:, None])[:, 0])
+            torch.testing.assert_close(others[1], entropy(logprobs, token, {}))
+            assert not others.requires_grad
+            for mine, whole in zip(found, torch.autograd.grad((expected * upstream).sum(), leaves), strict=True):
+                torch.testing.assert_close(mine, whole)
+
+
+def test_the_balance_of_experts_is_transformers_own() -> None:
+    """One sequence a micro-batch: then transformers' load-balancing loss is that of the sequence."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    for family in ("mixtral", "qwen3_moe"):
+        model = make_model(family, torch.float64)
+        batch = ragged_batch(pack=True)
+        balance = score(model, find_head(model), batch, Wanted(router=True)).balance_N
+        assert balance is not None
+        for n, (tokens, _) in enumerate(batch.sequences()):
+            router = model.model(input_ids=tokens[None], output_router_logits=True).router_logits
+            expected = load_balancing_loss_func(
+                router, model.config.num_local_experts, model.config.num_experts_per_tok
+            )
+            assert float(balance[n]) == pytest.approx(float(expected), rel=1e-6)
+        (grad,) = torch.autograd.grad(balance.sum(), model.model.embed_tokens.weight)
+        assert grad.abs().max() > 0
+    assert has_router(make_model("mixtral"))
+    assert not has_router(make_model("llama"))
+
+
+def test_noise_on_embeddings_is_that_of_neftune() -> None:
+    """Uniform within alpha / sqrt(length · width), while training alone; other places stay as they are."""
+    model, batch = make_model("llama"), ragged_batch(pack=True)
+    seen: list[Tensor] = []
+    handle = model.model.layers[0].register_forward_pre_hook(
+        lambda _m, arguments, named: seen.append(arguments[0] if arguments else named["hidden_states"]),
+        with_kwargs=True,
+    )
+    clean = model.get_input_embeddings()(batch.tokens_BT)
+    head = find_head(model)
+    seen.clear()
+    score(model.eval(), head, batch, Wanted(embedding_noise=5.0))
+    assert torch.equal(seen.pop(), clean)
+    score(model.train(), head, batch, Wanted(embedding_noise=5.0))
+    noise = (seen.pop() - clean).detach()
+    handle.remove()
+    for n, (tokens, _) in enumerate(batch.sequences()):
+        mine = noise[batch.sequence_BT == n]
+        bound = 5.0 / (len(tokens) * mine.shape[-1]) ** 0.5
+        assert mine.abs().max() <= bound * 1.0001
+        assert mine.std() == pytest.approx(bound / 3**0.5, rel=0.15)

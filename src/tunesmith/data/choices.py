@@ -39,7 +39,7 @@ def divider(tokenizer: PreTrainedTokenizerBase) -> Divide:
         texts = [marked.text for marked in sample]
         first = sample.sequences[0]
         common = len(os.path.commonprefix(texts))  # noqa: RUF071 - characters are meant, not folders
-        if pattern is None or first.plain or first.literals:
+        if pattern is None or first.plain or any(marked.literals for marked in sample):
             return sample
         cut = 0
         for match in pattern.finditer(texts[0], 0, common):

@@ -65,22 +65,37 @@ def _fitting(example: Example) -> str:
 
 def check_labels(samples: Samples, form: Form, config: DataConfig) -> None:
     """Raises UserError where all samples say the same, so that there is nothing to tell apart."""
-    labels = samples.labels()
-    if not len(labels) or (labels != labels[0]).any():
+    if form == "steps":
+        signs = {int(sign) for part in samples.parts for sign in np.unique(np.sign(part.weights)) if sign}
+        if len(signs) == 1:
+            found, other = ("right", "wrong") if signs == {1} else ("wrong", "right")
+            raise UserError(
+                f"{config.shown()}: all steps to train on are marked as {found}: add some that are {other}, or use sft"
+            )
         return
+    labels = samples.labels()
+    if not len(labels) or (labels != labels[0]).any() or (form == "choices" and not _all_choose_one_token(samples)):
+        return
+    if error := one_label(form, float(labels[0]), len(labels), config):
+        raise error
+
+
+def one_label(form: Form, label: float, number: int, config: DataConfig) -> UserError | None:
+    """What is wrong with data of which all samples have the same label; None where nothing is."""
     if form == "feedback":
-        found, other = ("desirable", "undesirable") if labels[0] else ("undesirable", "desirable")
-        raise UserError(
-            f"{config.shown()}: all {len(labels)} answers to train on are marked as {found}: add some that are {other}, or "
-            "use another objective"
+        found, other = ("desirable", "undesirable") if label else ("undesirable", "desirable")
+        return UserError(
+            f"{config.shown()}: all {number} answers to train on are marked as {found}: add some that are {other}, or use "
+            "another objective"
         )
-    if form == "choices" and _all_choose_one_token(samples):
+    if form == "choices":
         words = next((part.labels for part in config.all_sets() if part.labels), ())
-        named = f" {words[int(labels[0])]}" if words else f" {int(labels[0])}"
-        raise UserError(
-            f"{config.shown()}: all {len(labels)} records to train on have the class{named}: add records of the others (data "
-            "that is sorted by class? then raise data.max_samples)"
+        named = words[int(label)] if words else f"{int(label)}"
+        return UserError(
+            f"{config.shown()}: all {number} records to train on have the class {named}: add records of the others (data that "
+            "is sorted by class? then raise data.max_samples)"
         )
+    return None
 
 
 def _all_choose_one_token(samples: Samples) -> bool:

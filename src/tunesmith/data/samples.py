@@ -322,6 +322,7 @@ class PartWriter:
             self.digest.update(len(words).to_bytes(4, "little") + np.asarray(words, "<i4").tobytes())
             self._stream("choices").write(np.asarray(words, CHOICE_ARRAYS["choices"]).tobytes())
             self.choices_at.append(self.choices_at[-1] + len(words))
+            self.max_token = max(self.max_token, *words.tolist())
         self.num_tokens += len(encoded.tokens)
         self.num_samples += len(places)
         self.max_token = max(self.max_token, int(encoded.tokens.max(initial=-1)))

@@ -8,6 +8,7 @@ import numpy as np
 
 from tunesmith.config import DataConfig
 from tunesmith.data.encode import Encoded
+from tunesmith.data.forms import equal_answers
 from tunesmith.data.render import Rendered, Sample
 from tunesmith.data.samples import Counts, encoded_of, sequences_of
 from tunesmith.data.sources import Report
@@ -35,6 +36,9 @@ def shorten(
     targets = np.add.reduceat(np.append(encoded.weights != 0, False), encoded.offsets[:-1]) if len(lengths) else lengths
     usable = (lengths > 0) & (lengths <= config.max_tokens) & (targets > 0)
     fine = [all(group_usable) for group_usable in usable.reshape(-1, group).tolist()]
+    if group == 2:  # two answers may be told apart by nothing that is a token
+        own = list(sequences_of(encoded))
+        fine = [good and not _are_equal(own[2 * n : 2 * n + 2]) for n, good in enumerate(fine)]
     if all(fine):
         return encoded, list(range(len(rendered)))
     sequences = list(sequences_of(encoded))
@@ -68,6 +72,8 @@ def _shorten(
 ) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """What is left of a sample longer than max_tokens: none, one, or with `split` several. Raises DataError."""
     longest, limit = max(len(tokens) for tokens, _ in own), config.max_tokens
+    if _are_equal(own):
+        raise equal_answers(place)
     if longest <= limit:
         raise DataError(
             place,
@@ -91,7 +97,14 @@ def _shorten(
     left = config.truncation == "left" or sample.num_choices  # a question's only target is its last token
     start = longest - limit if left else 0  # the same for both sides of a pair, whose prompts then stay the same
     cut = [_slice(tokens, weights, start, start + limit) for tokens, weights in own]
+    if _are_equal(cut):  # they differed beyond the cut
+        return []
     return [cut] if all(weights.any() for _, weights in cut) else []
+
+
+def _are_equal(own: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    """Whether both sequences of a pair have the same tokens."""
+    return len(own) == 2 and np.array_equal(own[0][0], own[1][0])
 
 
 def _prompt_tokens(sequence: tuple[np.ndarray, np.ndarray]) -> int:

@@ -18,9 +18,7 @@ from tunesmith.run_folder import RunFolder
 class Checkpoint:
     """Saves when so many steps are done or minutes have passed. `saved`: the step of the newest checkpoint so far."""
 
-    def __init__(
-        self, folder: RunFolder, log: Log, config: CheckpointConfig, objective: Objective, saved: int
-    ) -> None:
+    def __init__(self, folder: RunFolder, log: Log, config: CheckpointConfig, objective: Objective, saved: int) -> None:
         self.folder, self.log, self.config, self.objective = folder, log, config, objective
         self.saved, self.since = saved, perf_counter()
 

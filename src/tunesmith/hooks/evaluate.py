@@ -32,7 +32,9 @@ class Evaluate:
         if not self.batches or step in self.losses:
             return
         start = perf_counter()
-        metrics = {name: float(value) for name, value in learner.evaluate(self.objective, self.batches, self.helpers).items()}
+        metrics = {
+            name: float(value) for name, value in learner.evaluate(self.objective, self.batches, self.helpers).items()
+        }
         self.losses[step] = metrics["loss"]
         self.log.events.write("eval", step=step, **metrics, seconds=round(perf_counter() - start, 2))
         shown = "".join(f" · {name} {metrics[name]:.3f}" for name in self.objective.shows if name in metrics)

@@ -12,6 +12,7 @@ from rich.console import Console
 from tunesmith.config import DataConfig, RunConfig
 from tunesmith.data.encode import Encoder, FastDisagrees
 from tunesmith.data.examples import read_examples
+from tunesmith.data.forms import one_label
 from tunesmith.data.prepare import Watch, eval_sources, held_out_below, make_samples, training_sources, unwatched
 from tunesmith.data.sources import Source
 from tunesmith.display import reading
@@ -19,7 +20,7 @@ from tunesmith.errors import UserError
 from tunesmith.inspect.bad_records import Errors, write_quarantine
 from tunesmith.inspect.histogram import histogram, write_png
 from tunesmith.inspect.overlap import Pair, near_duplicates, same_prompts
-from tunesmith.inspect.tally import Tally
+from tunesmith.inspect.tally import Tally, together
 from tunesmith.run_data import build_renderer
 from tunesmith.types import Place
 
@@ -95,6 +96,7 @@ def examine(config: RunConfig, errors: Errors, watch: Watch = unwatched) -> tupl
         if not tally.samples and errors.number == before[0]:
             errors.add(_nothing_left(tally), tally)
         tallies.append(tally)
+    _check_labels(config.data, tallies, renderer.form, errors)
     return replace(_compare(config, tallies, errors), form=renderer.form), [*training, *held_out]
 
 
@@ -119,6 +121,18 @@ def _read(
     except UserError as error:  # the file itself is broken: nothing more comes of it, but the others are still read
         unread(error)
     tally.counts.notes |= renderer.notes
+
+
+def _check_labels(config: DataConfig, tallies: list[Tally], form: Form, errors: Errors) -> None:
+    """Note an error where all training data says the same. Multiple choice has other words in each record, and may."""
+    if form == "choices" and not all(part.labels for part in config.all_sets()):
+        return
+    training = [tally for tally in tallies if not tally.held_out]
+    labels = together(training).labels
+    if len(labels) == 1:
+        ((label, number),) = labels.items()
+        if error := one_label(form, label, number, config):
+            errors.add(error, training[0])
 
 
 def _nothing_left(tally: Tally) -> UserError:

@@ -73,7 +73,7 @@ class Targets:
         return len(self.wanted.observed) + (self.wanted.token_loss is not None)
 
     def of_logits(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """([N] that carries the gradient: the token loss if there is one, else the log-probability; [others, N] that do not)."""
+        """([N] that carries the gradient: the token loss if there is one, else the log-probability; [others, N] without)."""
         with torch.set_grad_enabled(self.wanted.token_loss is None and torch.is_grad_enabled()):
             logprobs_NV = logits_NV.log_softmax(-1)
             logprob_N = logprobs_NV.gather(-1, self.token_N[:, None])[:, 0]
@@ -106,12 +106,9 @@ def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tens
         checkpoint(of_chunk, hidden_ND[part], targets.part(part), use_reentrant=False)
         for part in _chunks(len(hidden_ND), rows)
     ]
-    mains, others = (
-        zip(*chunks, strict=True)
-        if chunks
-        else ((hidden_ND[:, 0].float(),), (hidden_ND.new_zeros(targets.num_others, 0),))
-    )
-    return torch.cat(mains), torch.cat(others, dim=1)
+    if not chunks:
+        return at_least_fp32(hidden_ND[:, 0]), at_least_fp32(hidden_ND.new_zeros(targets.num_others, 0))
+    return torch.cat([main for main, _ in chunks]), torch.cat([other for _, other in chunks], dim=1)
 
 
 class _ChunkedHead(torch.autograd.Function):

@@ -49,7 +49,7 @@ def model_source(config: ModelConfig) -> str:
         return str(folder.resolve())  # an adapter remembers its base by this path
     looks_like_hub_id = config.path.count("/") <= 1 and not config.path.startswith((".", "/", "~"))
     if folder.exists() or not looks_like_hub_id:
-        raise UserError(f"{config.path}: no such model folder (now in {Path.cwd()}); check model.path")
+        raise UserError(f"{config.path}: no such model folder (now in {Path.cwd()}); check the path")
     return config.path
 
 

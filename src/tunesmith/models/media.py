@@ -24,7 +24,8 @@ def media_inputs(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
             for row, media in enumerate(present):
                 if name in media:
                     types_T = media.pop(name)
-                    columns[name][row, : len(types_T)] = types_T
+                    width = min(len(types_T), columns[name].shape[1])  # a row may have been cut
+                    columns[name][row, :width] = types_T[:width]
     names = dict.fromkeys(name for media in present for name in media)
     says_sizes = any("mask" in name or "size" in name for name in names)
     joined = {name: _join([media[name] for media in present if name in media], says_sizes) for name in names}

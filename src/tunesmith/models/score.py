@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.errors import UserError
 from tunesmith.models.head import Head, Targets, at_least_fp32, score_targets
 from tunesmith.models.load import decoder_of, value_head
 from tunesmith.models.media import hidden_before_head, media_inputs
@@ -51,6 +52,10 @@ def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = No
         targets = Targets(places.of(batch.tokens_BT), wanted, columns, places.of(batch.weights_BT))
         router: list[Tensor] = []
         if head.linear is None:
+            if wanted.router:
+                raise UserError(
+                    f"objective.router_loss: {type(model).__name__} makes its logits by a rule of its own; set it to 0"
+                )
             main_N, others = targets.of_logits(at_least_fp32(_model_logits(model, batch, places)))
         else:
             hidden_ND = _hidden_of_targets(model, head, batch, places, router if wanted.router else None)
@@ -111,7 +116,7 @@ def _hidden_of_targets(
 def _values(model: nn.Module, batch: Batch) -> Scores:
     hidden_BTD = decoder_of(model)(**_inputs(model, batch))[0]
     module = value_head(model)
-    weight: Any = module.weight  # in fp32 where it trains, whatever the model's dtype
+    weight: Any = module.weight  # under lora in fp32, whatever the model's dtype
     with torch.autocast(hidden_BTD.device.type, enabled=False):
         values_BTC = at_least_fp32(module(hidden_BTD.to(weight.dtype)))
     return Scores(torch.zeros_like(values_BTC[..., 0]), values_BTC=values_BTC)
@@ -190,7 +195,8 @@ def has_router(model: nn.Module) -> bool:
     tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad():
         outputs: Mapping[str, Any] = decoder_of(model)(input_ids=tokens, use_cache=False, output_router_logits=True)
-    return bool(outputs.get("router_logits"))
+    counts = getattr(model.config.get_text_config(), "num_experts_per_tok", None)  # type: ignore[union-attr, operator]
+    return bool(outputs.get("router_logits")) and counts is not None
 
 
 def _experts_per_token(model: Any) -> int:

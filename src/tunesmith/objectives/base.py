@@ -48,6 +48,10 @@ class Objective:
         """The loss summed over the micro-batch, scalar; and metrics, each made by `mean`."""
         raise NotImplementedError
 
+    def derived(self, metrics: Mapping[str, Tensor]) -> Metrics:
+        """Further metrics, scalars, made of those of a whole batch."""
+        return {}
+
     def update(self, metrics: Mapping[str, Tensor]) -> None:
         """Learn from a step's metrics, for an objective that keeps a running number."""
 

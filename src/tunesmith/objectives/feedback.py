@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tunesmith.objectives.base import Metrics, Objective
+from tunesmith.objectives.base import Metrics, Objective, mean
 from tunesmith.objectives.metrics import entropy_metric, feedback_metrics
 from tunesmith.objectives.sequences import present, weighted_sums
 from tunesmith.objectives.terms import entropy
@@ -37,6 +37,12 @@ class FeedbackObjective(Objective):
         """Adds the reference's log-probabilities."""
         yield batch.with_columns(tokens={"reference": helpers["reference"].logprobs(batch)})
 
+    def derived(self, metrics: Mapping[str, Tensor]) -> Metrics:
+        """The margin between the two kinds' mean rewards, where a batch has both."""
+        if "rewards/chosen" not in metrics or "rewards/rejected" not in metrics:
+            return {}
+        return {"rewards/margin": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
+
     def count(self, batch: Batch) -> Tensor:
         return torch.tensor(len(present(batch)))
 
@@ -48,5 +54,6 @@ class FeedbackObjective(Objective):
         desirable_M = batch.sequence_columns["label"][here] > 0.5
         threshold_M = self.thresholds(rewards_M, here, batch)
         metrics = feedback_metrics(rewards_M, logprobs_N[here], desirable_M, threshold_M)
+        metrics["kl"] = mean(rewards_M / self.config.beta)
         loss_M = self.of_rewards(rewards_M, desirable_M, threshold_M)
         return loss_M.sum(), metrics | entropy_metric(scores, batch)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tunesmith.data.pack import batch_of
 from tunesmith.objectives.base import Metrics, mean
 from tunesmith.objectives.feedback import FeedbackObjective
-from tunesmith.objectives.sequences import weighted_sums
+from tunesmith.objectives.sequences import present, weighted_sums
 from tunesmith.types import Batch, Scores
 
 
@@ -39,11 +39,9 @@ class Kto(FeedbackObjective):
             yield self._with_kl(ready, helpers) if self.config.loss == "kto" else ready
 
     def _with_kl(self, batch: Batch, helpers: Mapping[str, Any]) -> Batch:
-        other = mismatched(batch)
+        other, counts_N = mismatched(batch)
         ours_N, theirs_N = (weighted_sums(helpers[name].logprobs(other), other) for name in ("policy", "reference"))
-        # with one answer there is no other prompt; it is scored all the same, since all ranks must run the model alike
-        number = len(batch.sample_N) if len(batch.sample_N) > 1 else 0
-        total = torch.stack([(ours_N - theirs_N).double().sum() * bool(number), torch.tensor(float(number)).double()])
+        total = torch.stack([((ours_N - theirs_N) * counts_N).sum(), counts_N.sum()]).double()
         total = helpers["policy"].sum(total)
         kl = (total[0] / total[1].clamp(min=1)).clamp(min=0).to(ours_N.dtype)
         return batch.with_columns(sequences={"kl": kl.repeat(len(batch.sample_N))})
@@ -65,31 +63,35 @@ class Kto(FeedbackObjective):
     def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
         total, metrics = super().loss(scores, batch)
         if self.config.loss == "kto":
-            metrics["kl"] = mean(batch.sequence_columns["kl"])
+            metrics["kl"] = mean(batch.sequence_columns["kl"][present(batch)])
         return total, metrics
 
 
-def mismatched(batch: Batch) -> Batch:
-    """Each prompt with the answer of the batch's next sample, the last with the first one's; one sequence a row.
+def mismatched(batch: Batch) -> tuple[Batch, Tensor]:
+    """Each prompt with the answer to another one, one sequence a row; and [N] 1 where there was another one, else 0.
 
-    Next is what comes next in the data, and not in the batch, where sequences are numbered as they were packed.
-    A prompt is what comes before the first target, an answer all from there on. What would be longer than the batch's longest
-    sequence is cut at its end: never more than the model is known to take, and at least one token of the answer stays.
+    The other one is the next in the data whose prompt differs: not the next in the batch, where sequences are numbered as
+    they were packed. A prompt is what comes before the first target, an answer all from there on. What would be longer than
+    the batch's longest sequence is cut at its end: never more than the model is known to take, and at least one token of the
+    answer stays.
     """
     sequences = batch.sequences()
     longest = max(len(tokens) for tokens, _ in sequences)
     starts = [_first_target(weights) for _, weights in sequences]
-    order = batch.sample_N.argsort(stable=True)
-    next_N = torch.empty_like(order).scatter_(0, order, order.roll(-1)).tolist()
-    mixed = []
-    for n, (prompt, _) in enumerate(sequences):
-        other = next_N[n]
-        tokens, weights = sequences[other]
-        mixed.append((
-            torch.cat([prompt[: starts[n]], tokens[starts[other] :]])[:longest],
-            torch.cat([weights.new_zeros(starts[n]), weights[starts[other] :]])[:longest],
-        ))  # fmt: skip
-    return replace(batch_of(mixed), media_N=batch.media_N)
+    prompts = [tokens[:start] for (tokens, _), start in zip(sequences, starts, strict=True)]
+    order = batch.sample_N.argsort(stable=True).tolist()
+    mixed: list[tuple[Tensor, Tensor]] = [(tokens, weights) for tokens, weights in sequences]
+    counts_N = torch.zeros(len(sequences))
+    for rank, n in enumerate(order):
+        behind = order[rank + 1 :] + order[:rank]
+        other = next((other for other in behind if not torch.equal(prompts[other], prompts[n])), None)
+        if other is None:  # its own answer is scored, uncounted: all ranks must run the model alike
+            continue
+        counts_N[n] = 1.0
+        (tokens, weights), start = sequences[other], starts[other]
+        joined = torch.cat([prompts[n], tokens[start:]]), torch.cat([torch.zeros(starts[n]), weights[start:]])
+        mixed[n] = joined[0][:longest], joined[1][:longest]
+    return replace(batch_of(mixed), media_N=batch.media_N), counts_N
 
 
 def _first_target(weights_T: Tensor) -> int:

@@ -170,9 +170,9 @@ PAIR_LOSSES: dict[str, Callable[[PairScores], Tensor]] = {
 
 
 def _alpha_divergence(ratio_P: Tensor, config: Any) -> Tensor:
-    """(t^(a-1) - 1) / (a - 1) with t the ratio; its limit at a = 1 is log t."""
-    power = config.alpha_divergence - 1
-    return ratio_P if abs(power) < 1e-6 else _expm1(power * ratio_P) / power
+    """(1 - t^-α) / α with t the ratio: reverse KL as α falls to 0, forward KL at 1. (TRL's coefficient is 1 - α.)"""
+    alpha = config.alpha_divergence
+    return -_expm1(-alpha * ratio_P) / alpha
 
 
 def _expm1(x_P: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from tunesmith.types import TokenTerm
 Columns = Mapping[str, Tensor]
 
 
-def entropy(logits_nV: Tensor, _token_n: Tensor, _columns: Columns) -> Tensor:
-    """Of the next token's distribution, in nats, [n]."""
-    logprobs_nV = logits_nV.log_softmax(-1)
+def entropy(logprobs_nV: Tensor, _token_n: Tensor, _columns: Columns) -> Tensor:
+    """Of the next token's distribution, in nats, [n]; to be observed, so given log-probabilities."""
     return -(logprobs_nV.exp() * logprobs_nV).sum(-1)
 
 

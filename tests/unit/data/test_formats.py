@@ -659,3 +659,69 @@ def test_plain_pairs_keep_their_text_and_share_their_beginning(start: str, bette
     assert example.pieces[:-1] == example.rejected.pieces[:-1]
     if len(example.pieces) == 2:
         assert example.pieces[1].text[0].isspace()
+
+
+TWO_ANSWERS = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+
+
+@pytest.mark.parametrize(
+    ("more", "margin"),
+    [
+        ({}, None),
+        ({"margin": None, "chosen_score": 1}, None),
+        ({"margin": 2}, 2.0),
+        ({"margin": " -1.5e0 "}, -1.5),
+        ({"chosen_score": 8.5, "rejected_score": 6}, 2.5),
+        ({"score_chosen": "3", "score_rejected": "4"}, -1.0),
+        ({"margin": 1, "score_chosen": 3, "score_rejected": 4}, 1.0),
+    ],
+)
+def test_margins_of_pairs(more: dict[str, Any], margin: float | None) -> None:
+    assert read(TWO_ANSWERS | more).margin == margin
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (TWO_ANSWERS | {"margin": "much"}, "margin: expected a number, found 'much': write a number, or leave it out"),
+        (TWO_ANSWERS | {"margin": True}, "margin: expected a number, found True: write a number, or leave it out"),
+        (
+            TWO_ANSWERS | {"chosen_score": float("nan"), "rejected_score": 1},
+            "chosen_score: expected a number, found nan: write a number, or leave it out",
+        ),
+    ],
+)
+def test_margins_that_are_none(record: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(record)
+    assert caught.value.reason == said
+
+
+def test_steps_of_plain_text() -> None:
+    record = {"prompt": "Q ", "completions": ["a", "b "], "labels": [False, True]}
+    assert read(record) == Example(
+        PLACE, pieces=(Piece("Q ", False), Piece("a\n\nb ", True)), steps=(("a", False), ("b ", True))
+    )
+    beside = read(record | {"system": "S"})
+    assert beside.messages == (Message("system", "S"), Message("user", "Q "), Message("assistant", "a\n\nb "))
+
+
+@pytest.mark.parametrize(
+    ("completions", "labels", "said"),
+    [
+        (["a", "b"], [True], "labels: 1 labels for 2 steps: give each step of completions a label of its own"),
+        ([], [], "completions: no steps: give at least one, or remove the record"),
+        (
+            ["a"],
+            [1],
+            "labels[0]: expected true or false, found 1: write true for a right step and false for a wrong one",
+        ),
+        (["a", " "], [True, True], "completions[1]: an empty step: remove it and its label"),
+        (["a", 3], [True, True], "completions[1]: expected text, found int: write it as a string"),
+        ("a", [True], "completions: expected a list, found 'a': write one entry for each step"),
+    ],
+)
+def test_bad_steps(completions: Any, labels: Any, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read({"prompt": "Q", "completions": completions, "labels": labels}, format="steps")
+    assert caught.value.reason == said

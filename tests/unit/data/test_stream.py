@@ -50,6 +50,26 @@ def opened(batch_size: int = 4, seed: int = 0, **data: Any) -> tuple[StreamDatas
     return open_stream(config, Renderer(TOKENIZER, config.data))
 
 
+def test_labels_and_choices_come_with_the_windows() -> None:
+    lines = [json.dumps({"query": str(n), "choices": ["100", "200"], "gold": n % 2}) for n in range(20)]
+    Path("a.jsonl").write_text("\n".join(lines) + "\n")
+    config = config_from_dict(
+        {
+            "model": "demo",
+            "output": "x",
+            "train": {"steps": 5, "batch_size": 4},
+            "data": {"path": "a.jsonl", "stream": True, "shuffle_window": 6, "eval_fraction": 0.0, "as_chat": False},
+        }
+    )
+    data, _, _ = open_stream(config, Renderer(TOKENIZER, config.data, "choices"))
+    for step in range(5):
+        batch = data(step)
+        queries = batch.tokens_BT[:, 0]
+        assert batch.sequence_columns["label"][batch.sequence_BT[:, 0]].tolist() == (queries % 2).tolist()
+        assert batch.tokens_BT[:, 1].tolist() == (100 + queries % 2 * 100).tolist()
+        assert batch.token_columns["choices"].tolist() == [[[-1, -1], [100, 200]]] * 4
+
+
 def numbers(batch: Batch) -> list[int]:
     """The records of a batch, by their number, in row order."""
     return [int(batch.tokens_BT[batch.sequence_BT == n][0]) for n in range(len(batch.sample_N))]
