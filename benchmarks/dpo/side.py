@@ -37,7 +37,7 @@ def run_config(args: argparse.Namespace) -> RunConfig:
             "method": {"name": args.method} | ({"rank": 16, "alpha": 32.0} if args.method == "lora" else {}),
             "optimizer": {"lr": LR},
             "engine": {"name": "single", "device": "cpu"},
-            "train": {"batch_size": args.pairs, "steps": args.steps},
+            "train": {"batch_size": args.pairs, "steps": args.steps, "micro_batch_tokens": 1024},
             "output": "unused",
         }
     )

@@ -25,7 +25,7 @@ TABLES: dict[str, Any] = {
     "schedule": SCHEDULES,
     "engine": ENGINES,
 }
-NEEDED = {"freeze": {"last_blocks": 1}}
+NEEDED = {"freeze": {"last_blocks": 1}, "distill": {"teacher": "a"}}
 """Settings without which a choice is refused."""
 
 
@@ -72,10 +72,13 @@ def test_the_shortest_config_resolves_to_the_documented_defaults() -> None:
             "max_eval_samples": 200,
             "max_tokens": 2048, "truncation": "right", "learn": "assistant", "as_chat": None, "template_variables": {},
             "date": None, "bad_records": "stop", "parse_special_tokens": False, "stream": False,
-            "shuffle_window": 10_000, "pack": None,
+            "shuffle_window": 10_000, "pack": None, "share_prompt": True,
         },
         "output": "runs/a",
-        "objective": {"name": "sft"},
+        "objective": {
+            "name": "sft", "label_smoothing": 0.0, "z_loss": 0.0, "neftune_alpha": 0.0, "router_loss": 0.0, "loss": "nll",
+            "eaft_power": 1.0,
+        },
         "method": {
             "name": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear", "modules_to_save": (),
             "rslora": False, "dora": False, "init": "default", "lr_ratio": 1.0,
@@ -194,10 +197,26 @@ def test_a_config_is_frozen() -> None:
         ),
         ("method: loar", "run.yaml:4: method: unknown name 'loar'; did you mean lora?"),
         ("method:\n  name: loar\n  rank: 4", "run.yaml:4: method: unknown name 'loar'; did you mean lora?"),
-        ("objective: zzz", "run.yaml:4: objective: unknown name 'zzz'; known: sft, pretrain"),
+        (
+            "objective: zzz",
+            "run.yaml:4: objective: unknown name 'zzz'; known: "
+            "sft, pretrain, dpo, orpo, simpo, cpo, kto, bco, reward, prm, classify, distill",
+        ),
         (
             "optimizer: {name: 5}",
             "run.yaml:4: optimizer: unknown name '5'; known: adamw, adamw8bit, sgd, adafactor, muon, lion",
+        ),
+        (
+            "objective: {name: dpo, alpha_divergence: 0.3}",
+            "run.yaml:4: objective: alpha_divergence: without f_divergence: alpha it would have no effect",
+        ),
+        (
+            "objective: {name: dpo, loss: robust}",
+            "run.yaml:4: objective: label_smoothing: robust needs it above 0, such as 0.1",
+        ),
+        (
+            "objective: {name: distill, teacher: a, divergence: uld}",
+            "run.yaml:4: objective: ce_weight: uld does not say which token is which: set it between 0 and 1, such as 0.5",
         ),
         ("schedule: cosinus", "run.yaml:4: schedule: unknown name 'cosinus'; did you mean cosine?"),
         ("engine: fsdp", "run.yaml:4: engine: input should be 'single', got 'fsdp'"),
@@ -269,7 +288,8 @@ def test_one_mistake_has_one_line_even_where_two_types_are_possible(targets: str
         ("sed=1", "override sed=1: sed: unknown; did you mean seed?"),
         ("train.steps=0", "override train.steps=0: train.steps: input should be greater than 0, got 0"),
         ("data.format=csv", "override data.format=csv: data.format: input should be 'auto', 'messages', 'sharegpt', "
-         "'alpaca', 'prompt_completion', 'text', 'preference', 'unpaired', 'prompt_answer' or 'classification', got 'csv'"),
+         "'alpaca', 'prompt_completion', 'text', 'preference', 'unpaired', 'steps', "
+         "'prompt_answer' or 'classification', got 'csv'"),
         ("methd.rank=4", "override methd.rank=4: methd: unknown; did you mean method?"),
     ],
 )  # fmt: skip

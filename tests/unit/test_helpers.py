@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 
 from tests.families import make_model
 from tunesmith.cache import cache_folder
-from tunesmith.config import RunConfig
+from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.errors import UserError
-from tunesmith.helpers import ModelReference, StartReference, StoredReference
+from tunesmith.helpers import ModelReference, StartReference, StoredReference, weights_key
 from tunesmith.run import Run, build, check, train
 from tunesmith.run_folder import RunFolder
 
@@ -138,3 +139,52 @@ def test_a_reference_that_cannot_be_is_refused(
 def test_what_needs_all_data_beforehand_is_refused_for_a_stream(make_config: Make, data_of_form: Pairs) -> None:
     with pytest.raises(UserError, match="precompute needs all data before training, not a stream"):
         make_config(data=data_of_form("pairs") | {"stream": True}, objective={"name": "dpo", "reference": "precompute"})
+
+
+def test_checkpoints_that_differ_in_the_middle_have_different_keys(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys = []
+    for value in (0, 1):
+        folder = tmp_path / str(value)
+        shutil.copytree(model_folder(), folder)
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= value
+        file.write_bytes(content)
+        keys.append(weights_key(ModelConfig(path=str(folder))))
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    "layout", [{"pack": True, "share": False}, {"pack": True, "share": True}, {"pack": False, "share": True}]
+)
+def test_another_model_reads_one_sequence_a_row(
+    make_config: Make, data_of_form: Pairs, model_folder: Callable[..., Path], layout: dict[str, bool]
+) -> None:
+    """OPT counts positions itself: it cannot keep packed sequences apart, nor share a prompt."""
+    other = str(model_folder("opt"))
+    run = build(make_config(data=data_of_form("pairs"), objective={"name": "dpo", "reference_model": other}))
+    apart, laid_out = replace(run.data, pack=False, share=False)(0), replace(run.data, **layout)(0)
+    sums = []
+    for batch in (apart, laid_out):
+        found = run.helpers["reference"].logprobs(batch)
+        pairs = {(int(batch.sample_N[n]), tuple(t.tolist())): n for n, (t, _) in enumerate(batch.sequences())}
+        sums.append({key: float(found[batch.sequence_BT == n].sum()) for key, n in pairs.items()})
+    assert sums[0] == pytest.approx(sums[1], abs=1e-4)
+
+
+def test_a_run_does_not_go_on_against_another_reference(
+    make_config: Make, data_of_form: Pairs, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder("llama", seed=1), other)
+    config = make_config(
+        data=data_of_form("pairs"),
+        objective={"name": "dpo", "reference_model": str(other)},
+        checkpoint={"every_steps": 2},
+    )
+    train(config)
+    make_model("llama", seed=2).save_pretrained(other)
+    with pytest.raises(UserError, match=r"other: has changed since .* was begun"):
+        train(config, resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tests.batches import ragged_batch
 from tunesmith.errors import UserError
-from tunesmith.score_store import ScoreStore, StoreWriter
+from tunesmith.score_store import ScoreStore, StoreWriter, content_keys
 from tunesmith.types import Batch
 
 
@@ -54,3 +55,12 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "none"):
         with pytest.raises(UserError, match="no stored scores, or not whole"):
             ScoreStore.open(folder)
+
+
+def test_equal_words_about_different_pictures_are_told_apart() -> None:
+    batch = ragged_batch(pack=False)
+    number = len(batch.sample_N)
+    same = replace(batch, tokens_BT=torch.full_like(batch.tokens_BT, 7))
+    seen = replace(same, media_N=tuple({"pixels": torch.full((2, 2), float(n))} for n in range(number)))
+    assert len(set(content_keys(seen))) == number
+    assert content_keys(replace(seen, media_N=seen.media_N[::-1])) != content_keys(seen)

@@ -94,7 +94,7 @@ def theirs_of_pairs(config: DpoConfig) -> tuple[Tensor, Tensor, dict[str, list[f
         precompute_ref_logps=False,
         ref_model=Model(REFERENCE.logprobs(PAIRS)[ORDER][:, 1:]),
         f_divergence_type=NAMES.get(config.f_divergence, config.f_divergence),
-        f_alpha_divergence_coef=config.alpha_divergence,
+        f_alpha_divergence_coef=1 - config.alpha_divergence,
         loss_types=list(config.loss),
         loss_weights=list(config.loss.values()),
         beta=config.beta,
@@ -192,7 +192,7 @@ def test_kto(loss_type: Any) -> None:
     from trl.trainer.kto_trainer import KTOTrainer
 
     config = KtoConfig(loss=loss_type, beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
-    other = mismatched(FEEDBACK)
+    other, _ = mismatched(FEEDBACK)
     leaf = logprobs(FEEDBACK).requires_grad_()
     policy_kl, reference_kl = (weighted_sums(helper.logprobs(other), other) for helper in (POLICY, REFERENCE))
     reference = Model(REFERENCE.logprobs(FEEDBACK)[:, 1:])

@@ -201,7 +201,9 @@ def test_log1mexp_is_accurate_at_both_ends() -> None:
 
 def test_kto_mixes_prompts_and_answers() -> None:
     batch = make_batch(ANSWER_WEIGHTS, [[0, 1], [2], [3, 4]])
-    found = mismatched(batch).sequences()
+    other, counts = mismatched(batch)
+    assert counts.tolist() == [1.0] * 5
+    found = other.sequences()
     expected = [
         [0, 1, 2, 12, 13, 14],
         [10, 11, 24, 25, 26, 27, 28],
@@ -222,14 +224,29 @@ def test_kto_mixes_alike_however_the_batch_is_numbered() -> None:
         sequence_BT=torch.where(here, number[batch.sequence_BT], -1),
         sample_N=torch.empty_like(number).scatter_(0, number, batch.sample_N),
     )
-    ours, theirs = mismatched(batch).sequences(), mismatched(other).sequences()
+    ours, theirs = mismatched(batch)[0].sequences(), mismatched(other)[0].sequences()
     for n, (tokens, weights) in enumerate(ours):
         assert torch.equal(theirs[number[n]][0], tokens)
         assert torch.equal(theirs[number[n]][1], weights)
 
 
+def test_kto_never_gives_a_prompt_its_own_answer() -> None:
+    """Both answers of a pair, marked as feedback, have one prompt and stand next to each other in the data."""
+    batch = make_batch(ragged_weights((4, 5, 4, 5), (3, 3, 3, 3)))
+    tokens = batch.tokens_BT.clone()
+    for n, first in enumerate((50, 50, 60, 60)):  # two prompts, each twice
+        tokens[(batch.sequence_BT == n) & (batch.weights_BT == 0) & (batch.positions_BT < 3)] = first
+    other, counts = mismatched(replace(batch, tokens_BT=tokens))
+    answers = [mine[3] for mine, _ in replace(batch, tokens_BT=tokens).sequences()]
+    assert counts.tolist() == [1.0] * 4
+    for (mixed, _), own in zip(other.sequences(), ([0, 1], [0, 1], [2, 3], [2, 3]), strict=True):
+        assert mixed[3] not in [answers[n] for n in own]
+    alike = torch.where(tokens == 60, 50, tokens)
+    assert mismatched(replace(batch, tokens_BT=alike))[1].tolist() == [0.0] * 4
+
+
 def test_kto_cuts_what_would_be_longer_than_the_longest() -> None:
-    found = mismatched(make_batch(ragged_weights((8, 9), (7, 1)))).sequences()
+    found = mismatched(make_batch(ragged_weights((8, 9), (7, 1))))[0].sequences()
     assert [tokens.tolist() for tokens, _ in found] == [[0, 1, 2, 3, 4, 5, 6, 11, 12], [10, 7]]
 
 
@@ -238,7 +255,7 @@ def test_kto_draws_answers_from_the_kl_estimate() -> None:
     objective = build_objective(KtoConfig(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5))
     assert objective.needs == {"reference", "policy"}
     ready = prepared(objective, batch)
-    other = mismatched(batch)
+    other, _ = mismatched(batch)
     kl = (weighted_sums(POLICY.logprobs(other), other) - weighted_sums(REFERENCE.logprobs(other), other)).mean()
     assert kl > 0
     reward = 0.3 * (weighted_sums(logprobs(batch), batch) - weighted_sums(REFERENCE.logprobs(batch), batch))
@@ -273,7 +290,8 @@ def test_apo_zero_needs_no_kl_estimate() -> None:
     assert objective.needs == {"reference"}
     batch = prepared(objective, make_batch(ANSWER_WEIGHTS, labels=LABELS))
     assert "kl" not in batch.sequence_columns
-    assert "kl" not in objective.loss(scored(batch), batch)[1]
+    ratio = weighted_sums(logprobs(batch), batch) - weighted_sums(REFERENCE.logprobs(batch), batch)
+    assert loss_of(objective, batch)[1]["kl"] == pytest.approx(ratio.mean().item())
 
 
 def test_bco_judges_by_the_mean_reward_of_earlier_steps() -> None:

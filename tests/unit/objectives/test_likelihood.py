@@ -46,8 +46,8 @@ def test_plain_likelihood_asks_for_nothing_more() -> None:
 def test_entropy_is_that_of_the_whole_distribution() -> None:
     logits, token = random_logits()
     expected = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(entropy(logits, token, {}), expected)
-    torch.testing.assert_close(entropy(torch.zeros(1, 8) + 5, token, {}), torch.tensor([math.log(8)]))
+    torch.testing.assert_close(entropy(logits.log_softmax(-1), token, {}), expected)
+    torch.testing.assert_close(entropy(torch.zeros(1, 8) - math.log(8), token, {}), torch.tensor([math.log(8)]))
 
 
 def test_entropy_of_the_likeliest_goes_from_0_to_1() -> None:

@@ -32,7 +32,7 @@ def score(ratio: float, config: DpoConfig) -> float:
         "reverse_kl": ratio,
         "forward_kl": 1 - 1 / t,
         "js": math.log(2 * t / (t + 1)),
-        "alpha": (t ** (a - 1) - 1) / (a - 1),
+        "alpha": (1 - t**-a) / a,
     }[config.f_divergence]
 
 
@@ -111,12 +111,12 @@ def test_every_name_of_the_configuration_has_a_loss() -> None:
     assert set(F_DIVERGENCES) == set(get_args(DpoConfig.model_fields["f_divergence"].annotation))
 
 
-def test_an_alpha_of_one_is_the_reverse_kl() -> None:
+def test_alpha_lies_between_reverse_and_forward_kl() -> None:
     ratio = torch.linspace(-3, 3, 7, dtype=torch.float64)
-    config = DpoConfig(f_divergence="alpha", alpha_divergence=1.0)
-    assert torch.equal(F_DIVERGENCES["alpha"](ratio, config), ratio)
-    near = DpoConfig(f_divergence="alpha", alpha_divergence=1.0001)
-    torch.testing.assert_close(F_DIVERGENCES["alpha"](ratio, near), ratio, rtol=1e-3, atol=1e-3)
+    forward = DpoConfig(f_divergence="alpha", alpha_divergence=1.0)
+    torch.testing.assert_close(F_DIVERGENCES["alpha"](ratio, forward), F_DIVERGENCES["forward_kl"](ratio, forward))
+    reverse = DpoConfig(f_divergence="alpha", alpha_divergence=1e-5)
+    torch.testing.assert_close(F_DIVERGENCES["alpha"](ratio, reverse), ratio, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "config"), configs())
