@@ -268,7 +268,7 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
         (run.config.data.shown(), "data_fingerprint", run.samples.fingerprint()),
         (run.config.data.eval_path or run.config.data.shown(), "held_out_fingerprint", run.held_out.fingerprint()),
         (run.config.model.path, "base_weights_hash", weights_hash(model_source(run.config.model))),
-        *((path, f"{setting}_hash", found) for setting, (path, found) in other_models(run.config).items()),
+        *((path, f"{setting}_hash", found) for setting, (path, found) in other_models(run.config).items() if found),
     ):
         if before.get(key) not in (None, now):
             raise UserError(f"{what}: has changed since {folder.path} was begun; put it back, or start anew")

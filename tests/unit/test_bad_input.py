@@ -188,8 +188,8 @@ def test_data_of_which_nothing_is_left(make_config: MakeConfig, chat_file: Path)
         "data.eval_fraction: 1.0 leaves nothing of the data to train on"
     )
     assert refusal(make_config(data={"max_tokens": 8})) == (
-        f"{chat_file}: nothing to learn from in 24 records: 24 dropped, since their prompt alone fills data.max_tokens: 8; raise "
-        "data.max_tokens, or set data.truncation: left"
+        f"{chat_file}: nothing to learn from in 24 records: 24 dropped, since their prompt alone fills data.max_tokens: 8; "
+        "raise data.max_tokens, or set data.truncation: left"
     )
 
 

@@ -211,6 +211,10 @@ def test_a_config_is_frozen() -> None:
             "run.yaml:4: objective: alpha_divergence: without f_divergence: alpha it would have no effect",
         ),
         (
+            "objective: {name: dpo, discopop_tau: 0.1}",
+            "run.yaml:4: objective: discopop_tau: without loss: discopop it would have no effect",
+        ),
+        (
             "objective: {name: dpo, loss: robust}",
             "run.yaml:4: objective: label_smoothing: robust needs it above 0, such as 0.1",
         ),
@@ -355,6 +359,11 @@ def test_a_run_is_named_after_its_file() -> None:
         (
             "{path: a, date: tomorrow}",
             "run.yaml:2: data.date: input should be a valid date or datetime, input is too short, got 'tomorrow'",
+        ),
+        (
+            "{path: a, truncation: split}\nobjective: dpo",
+            "run.yaml: data.truncation: split tears answers from their prompts, which dpo needs together; use right, left or "
+            "drop",
         ),
         (
             "{path: a, stream: true}",

@@ -141,19 +141,15 @@ def test_what_needs_all_data_beforehand_is_refused_for_a_stream(make_config: Mak
         make_config(data=data_of_form("pairs") | {"stream": True}, objective={"name": "dpo", "reference": "precompute"})
 
 
-def test_checkpoints_that_differ_in_the_middle_have_different_keys(
-    model_folder: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_checkpoints_that_differ_in_the_middle_have_different_keys(tmp_path: Path) -> None:
     keys = []
-    for value in (0, 1):
-        folder = tmp_path / str(value)
-        shutil.copytree(model_folder(), folder)
-        file = folder / "model.safetensors"
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= value
-        file.write_bytes(content)
+    for number, middle in enumerate((b"a", b"b", b"a")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(bytes(2 << 20) + middle + bytes(2 << 20))
         keys.append(weights_key(ModelConfig(path=str(folder))))
-    assert keys[0] != keys[1]
+    assert keys[0] == keys[2] != keys[1]
 
 
 @pytest.mark.parametrize(

@@ -205,3 +205,14 @@ def test_a_run_that_goes_on_is_not_taken_for_its_earlier_result(make_config: Mak
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
     assert train(longer, resume=True).finished
     assert folder.has_ended()
+
+
+def test_metrics_made_of_metrics_are_written_down(
+    make_config: MakeConfig, data_of_form: Callable[[str], dict[str, Any]]
+) -> None:
+    """The margin of feedback is of the mean rewards of a whole step, or of all that is held out."""
+    config = make_config(data=data_of_form("feedback"), objective="kto", train={"steps": 2, "micro_batch_tokens": 64})
+    events = [event for event in read_events(train(config).folder / "events.jsonl") if "rewards/margin" in event]
+    assert {event["event"] for event in events} == {"step", "eval"}
+    for event in events:
+        assert event["rewards/margin"] == pytest.approx(event["rewards/chosen"] - event["rewards/rejected"], abs=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from tunesmith.learner import Learner
 from tunesmith.methods import METHODS
 from tunesmith.models.probe import isolates_sequences
 from tunesmith.objectives.distill import Distill, sorted_distance
+from tunesmith.run import check
 from tunesmith.score_store import ScoreStore
 from tunesmith.teacher import StoredTeacher, Teacher, load_teacher, one_a_row, open_teacher
 from tunesmith.types import Batch
@@ -255,6 +257,19 @@ def test_stored_scores_are_the_live_ones(make_config: Any, teacher_folder: Any, 
     without_teacher = opened(again, watch=lambda _name, number: counted.append(number))
     assert counted == [8], "the data is not scored again"
     assert torch.equal(without_teacher.columns(batch)["teacher_logprobs"], found["teacher_logprobs"])
+
+
+def test_scores_that_are_there_need_no_teacher(make_config: Any, teacher_folder: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "scores")
+    config = distill(make_config, teacher=teacher_folder(), top_k=5, scores="precompute", scores_file=file)
+    stored = opened(config)
+    shutil.rmtree(config.objective.teacher)
+    check(config)
+    batch = ragged_batch(pack=False)
+    assert torch.equal(opened(config).columns(batch)["teacher_tokens"], stored.columns(batch)["teacher_tokens"])
+    shutil.rmtree(file)
+    with pytest.raises(UserError, match=r"^objective\.teacher: .*no such model folder"):
+        check(config)
 
 
 def test_stored_scores_in_the_cache(make_config: Any, teacher_folder: Any, tmp_path: Path, monkeypatch: Any) -> None:

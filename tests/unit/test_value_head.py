@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.families import FAMILIES, make_model
-from tunesmith.config import ModelConfig
+from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.config_file import config_from_dict
 from tunesmith.engines import build_engine
 from tunesmith.errors import UserError
@@ -23,6 +24,7 @@ from tunesmith.models.load import (
     HeadKind,
     blocks,
     decoder_name,
+    decoder_of,
     head_kind,
     load_model,
     load_tokenizer,
@@ -31,6 +33,7 @@ from tunesmith.models.load import (
     value_head_name,
 )
 from tunesmith.models.probe import find_head, isolates_sequences
+from tunesmith.run import train
 from tunesmith.types import Batch, Wanted
 
 Folder = Callable[[str], Path]
@@ -231,26 +234,49 @@ def test_under_bf16_weights_the_trained_head_is_fp32(model_folder: Folder) -> No
 
 
 @pytest.mark.parametrize("name", ["<|im_end|>", None])
-def test_padding_is_the_tokenizer_s(name: str | None, model_folder: Folder, tmp_path: Path) -> None:
-    """Without a padding token the end token pads, as everywhere; the score is then read before it."""
-    from transformers import AutoModelForSequenceClassification
+def test_texts_may_end_with_the_end_token(
+    name: str | None,
+    make_config: Callable[..., RunConfig],
+    data_of_form: Callable[[str], dict[str, Any]],
+    model_folder: Folder,
+    tmp_path: Path,
+) -> None:
+    """Where the tokenizer pads with its end token, or not at all, what is saved pads with another special token."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     shutil.copytree(model_folder("llama"), tmp_path / "model")
     file = tmp_path / "model" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": name}))
-    tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path / "model")))
-    assert padding_token(tokenizer) == tokenizer.eos_token_id
-    model, engine, method = _adapted(_load(tmp_path / "model"), {"name": "full"})
-    assert model.config.pad_token_id == tokenizer.eos_token_id
-    method.save(tmp_path / "saved")
-    batch = _padded(tokenizer.eos_token_id)
-    batch.tokens_BT[0, LENGTHS[0] - 1] = tokenizer.eos_token_id
-    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    sections = {"objective": "reward", "data": data_of_form("pairs"), "method": "full", "train": {"steps": 1}}
+    folder = train(make_config(model={"path": str(tmp_path / "model")}, **sections)).folder / "model"
+
+    saved, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForSequenceClassification, AutoTokenizer))
+    assert tokenizer.pad_token_id == saved.config.pad_token_id != tokenizer.eos_token_id
+    texts = [text + tokenizer.eos_token for text in ("What follows 3?", "No.", "After 3 comes 4. And so on.")]
+    ours = _load(folder)
     with torch.no_grad():
-        theirs = saved(input_ids=batch.tokens_BT).logits
-    values_BTC = _values(model, engine, batch)
-    torch.testing.assert_close(theirs[0], values_BTC[0, LENGTHS[0] - 2], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(theirs[1], values_BTC[1, LENGTHS[1] - 1], rtol=1e-4, atol=1e-5)
+        padded = saved.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        for row, text in enumerate(texts):
+            tokens = torch.tensor([tokenizer(text)["input_ids"]])
+            assert tokens[0, -1] == tokenizer.eos_token_id
+            values_BTC = value_head(ours)(decoder_of(ours)(input_ids=tokens)[0])
+            torch.testing.assert_close(padded[row], values_BTC[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_the_tokenizer_s_unless_texts_end_with_it(tokenizer: Any) -> None:
+    def chosen(**named: str | None) -> str:
+        ours = copy.deepcopy(tokenizer)
+        for kind, token in named.items():
+            setattr(ours, kind, token)
+        return ours.convert_ids_to_tokens(padding_token(ours))
+
+    start, end = "<|im_start|>", "<|im_end|>"
+    assert chosen() == "<pad>"
+    assert chosen(pad_token=start) == start
+    assert chosen(pad_token=end, unk_token=start) == start
+    assert chosen(pad_token=end, bos_token=start) == start
+    assert chosen(pad_token=end, unk_token=end, bos_token=start) == start
+    assert chosen(pad_token=end) == chosen(pad_token=None) == "<pad>"
 
 
 def test_the_padding_token_still_learns(model_folder: Folder) -> None:

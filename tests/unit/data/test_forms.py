@@ -20,7 +20,7 @@ from tunesmith.data.forms import check_labels
 from tunesmith.data.pack import collate
 from tunesmith.data.prepare import load_samples
 from tunesmith.data.render import Renderer
-from tunesmith.data.samples import Samples
+from tunesmith.data.samples import Counts, Samples
 from tunesmith.data.sources import raise_error
 from tunesmith.errors import DataError, UserError
 from tunesmith.objectives.base import Form
@@ -97,6 +97,24 @@ def test_a_pair_that_only_the_template_makes_equal() -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
     pair = {"prompt": chat("a"), "chosen": chat("", "b")[1:], "rejected": chat("", " b")[1:]}
     assert "chosen and rejected are equal" in refusal("pairs", pair, tokenizer=tokenizer)
+
+
+def test_a_pair_whose_words_make_the_same_tokens() -> None:
+    pair = {"prompt": "1 ", "chosen": "50001", "rejected": "50002"}  # both are the unknown token
+    assert refusal("pairs", {**pair, "rejected": "3"}, pair).startswith("a.jsonl:2:1: chosen and rejected are equal")
+
+
+def test_a_pair_that_differs_beyond_the_cut_is_dropped() -> None:
+    records = [
+        {"prompt": "1 2 ", "chosen": "3 4 5", "rejected": "3 4 6"},
+        {"prompt": "1 ", "chosen": "2", "rejected": "3"},
+    ]
+    samples = load("pairs", *records, max_tokens=4)
+    assert [tokens for tokens, _, _ in read(samples)] == [[1, 2], [1, 3]]
+    assert samples.counts == Counts(2, truncated=0, dropped=1, first_cut="a.jsonl:1")
+    kept = load("pairs", *records, max_tokens=4, truncation="left")
+    assert [tokens for tokens, _, _ in read(kept)] == [[2, 3, 4, 5], [2, 3, 4, 6], [1, 2], [1, 3]]
+    assert kept.counts == Counts(2, truncated=1, dropped=0, first_cut="a.jsonl:1")
 
 
 # ---- feedback
@@ -307,6 +325,20 @@ def test_solutions_with_wrong_steps_are_told_when_sft_learns_them() -> None:
     samples = load("answers", record)
     assert read(samples) == [([1, 2, 3], [0, 1, 1], 0.0)]
     assert samples.counts.notes == {"solutions with steps marked as wrong, learnt whole": 1}
+
+
+@pytest.mark.parametrize(("label", "found", "other"), [(True, "right", "wrong"), (False, "wrong", "right")])
+def test_steps_of_one_kind(label: bool, found: str, other: str) -> None:
+    def check(*labels: bool) -> None:
+        record = {"prompt": "1 ", "completions": ["2 ", "3"], "labels": labels}
+        check_labels(load("steps", record), "steps", DataConfig(path="a.jsonl"))
+
+    with pytest.raises(UserError) as caught:
+        check(label, label)
+    assert str(caught.value) == (
+        f"a.jsonl: all steps to train on are marked as {found}: add some that are {other}, or use sft"
+    )
+    check(label, not label)
 
 
 def test_a_template_that_rewrites_the_answer() -> None:

@@ -85,14 +85,16 @@ ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 """TRL's: all chosen answers first."""
 
 
-def theirs_of_pairs(config: DpoConfig) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
+def theirs_of_pairs(
+    config: DpoConfig, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    leaf = logprobs(PAIRS).requires_grad_()
+    leaf = logprobs(PAIRS).to(dtype).requires_grad_()
     fake = trainer(
         ld_alpha=None if config.ld_alpha == 1 else config.ld_alpha,
         precompute_ref_logps=False,
-        ref_model=Model(REFERENCE.logprobs(PAIRS)[ORDER][:, 1:]),
+        ref_model=Model(REFERENCE.logprobs(PAIRS).to(dtype)[ORDER][:, 1:]),
         f_divergence_type=NAMES.get(config.f_divergence, config.f_divergence),
         f_alpha_divergence_coef=1 - config.alpha_divergence,
         loss_types=list(config.loss),
@@ -157,6 +159,16 @@ def test_dpo(config: DpoConfig) -> None:
     }
     for name, theirs in names.items():
         assert metrics[name].item() == pytest.approx(their_metrics[theirs][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 1.0])
+def test_alpha_divergence_is_theirs_of_one_minus_alpha(alpha: float) -> None:
+    """Theirs knows no fp64."""
+    config = DpoConfig(beta=0.3, f_divergence="alpha", alpha_divergence=alpha)
+    loss, grad, _ = ours(build_objective(config), PAIRS)
+    their_loss, their_grad, _ = theirs_of_pairs(config, torch.float32)
+    torch.testing.assert_close(loss.float(), their_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.float(), their_grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_likelihood_beside_dpo_is_theirs_where_answers_are_equally_long() -> None:

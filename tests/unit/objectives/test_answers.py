@@ -303,8 +303,18 @@ def test_bco_judges_by_the_mean_reward_of_earlier_steps() -> None:
         loss, metrics = loss_of(objective, batch)
         torch.testing.assert_close(loss, torch.log(1 + torch.exp(-sign * (reward - delta))).sum())
         assert metrics["delta"] == delta
+        assert metrics["kl"] == pytest.approx(reward.mean().item() / 0.3)
         assert metrics["rewards/mean"] == pytest.approx(reward.mean().item())
         objective.update({"rewards/mean": torch.tensor(seen)})
+
+
+@pytest.mark.parametrize("config", [KtoConfig(), KtoConfig(loss="apo_zero_unpaired"), BcoConfig()])
+def test_the_margin_of_feedback_is_that_of_the_mean_rewards(config: Any) -> None:
+    objective = build_objective(config)
+    chosen, rejected = torch.tensor(0.7), torch.tensor(-0.2)
+    both = objective.derived({"rewards/chosen": chosen, "rewards/rejected": rejected})
+    assert both == {"rewards/margin": chosen - rejected}
+    assert objective.derived({"rewards/chosen": chosen}) == {}
 
 
 def test_bco_goes_on_where_it_stopped() -> None:
