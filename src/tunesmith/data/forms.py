@@ -66,12 +66,9 @@ def _fitting(example: Example) -> str:
 def check_labels(samples: Samples, form: Form, config: DataConfig) -> None:
     """Raises UserError where all samples say the same, so that there is nothing to tell apart."""
     if form == "steps":
-        signs = {int(sign) for part in samples.parts for sign in np.unique(np.sign(part.weights)) if sign}
-        if len(signs) == 1:
-            found, other = ("right", "wrong") if signs == {1} else ("wrong", "right")
-            raise UserError(
-                f"{config.shown()}: all steps to train on are marked as {found}: add some that are {other}, or use sft"
-            )
+        signs = {float(sign) for part in samples.parts for sign in np.unique(np.sign(part.weights)) if sign}
+        if len(signs) == 1 and (error := one_label(form, signs.pop(), 0, config)):
+            raise error
         return
     labels = samples.labels()
     if not len(labels) or (labels != labels[0]).any() or (form == "choices" and not _all_choose_one_token(samples)):
@@ -87,6 +84,11 @@ def one_label(form: Form, label: float, number: int, config: DataConfig) -> User
         return UserError(
             f"{config.shown()}: all {number} answers to train on are marked as {found}: add some that are {other}, or use "
             "another objective"
+        )
+    if form == "steps":
+        found, other = ("right", "wrong") if label > 0 else ("wrong", "right")
+        return UserError(
+            f"{config.shown()}: all steps to train on are marked as {found}: add some that are {other}, or use sft"
         )
     if form == "choices":
         words = next((part.labels for part in config.all_sets() if part.labels), ())

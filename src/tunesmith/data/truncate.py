@@ -82,7 +82,7 @@ def _shorten(
             "give an assistant turn or completion that is not empty, or remove the record",
         )
     if config.truncation == "error":
-        remedy = "raise it, or set data.truncation to right, left, split or drop"
+        remedy = "raise it, or set data.truncation to right, left or drop"
         if (prompt := max(map(_prompt_tokens, own))) >= limit:
             what = f"the prompt has {prompt} tokens, data.max_tokens is {limit}: nothing of the answer is left"
             raise DataError(place, (), what, "raise it, or set data.truncation to left or drop")

@@ -128,7 +128,8 @@ def _check_labels(config: DataConfig, tallies: list[Tally], form: Form, errors: 
     if form == "choices" and not all(part.labels for part in config.all_sets()):
         return
     training = [tally for tally in tallies if not tally.held_out]
-    labels = together(training).labels
+    found = together(training)
+    labels = dict.fromkeys(found.signs - {0.0}, 0) if form == "steps" else found.labels
     if len(labels) == 1:
         ((label, number),) = labels.items()
         if error := one_label(form, label, number, config):

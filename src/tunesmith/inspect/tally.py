@@ -38,6 +38,8 @@ class Tally:
     """Of the tokens those with a loss weight other than 0."""
     empty_turns: int = 0
     labels: Counter[float] = field(default_factory=Counter)
+    signs: set[float] = field(default_factory=set)
+    """Of the weights of targets: a wrong step's is negative."""
     """How often each label occurs among the samples."""
     counts: Counts = field(default_factory=Counts)
     lengths: array[int] = field(default_factory=lambda: array("i"))
@@ -85,6 +87,7 @@ class Tally:
         self.tokens += len(chunk.encoded.tokens)
         self.learnt += int(np.count_nonzero(chunk.encoded.weights))
         self.labels.update(chunk.labels)
+        self.signs.update(np.unique(np.sign(chunk.encoded.weights)).tolist())
 
     def place(self, example: int) -> Place:
         """The record that an example comes from."""
@@ -130,6 +133,7 @@ def together(tallies: Sequence[Tally]) -> Tally:
             setattr(total, name, getattr(total, name) + getattr(tally, name))
         total.counts += tally.counts
         total.labels += tally.labels
+        total.signs |= tally.signs
         for name in ("lengths", "turns", "content"):
             getattr(total, name).extend(getattr(tally, name))
         total.code_points += tally.code_points

@@ -111,7 +111,7 @@ def test_truncation_error_names_the_record() -> None:
     with pytest.raises(UserError) as caught:
         load([SHORT, LONG], truncation="error", max_tokens=4)
     assert str(caught.value) == (
-        "data.jsonl:2:1: 9 tokens, more than data.max_tokens: 4: raise it, or set data.truncation to right, left, split or drop"
+        "data.jsonl:2:1: 9 tokens, more than data.max_tokens: 4: raise it, or set data.truncation to right, left or drop"
     )
     with pytest.raises(UserError) as caught:
         load([SHORT, LATE], truncation="error", max_tokens=4)

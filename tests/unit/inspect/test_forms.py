@@ -78,11 +78,15 @@ def test_check_counts_labels(
     assert line in capsys.readouterr().out.splitlines()
 
 
+RIGHT_STEPS = [{"prompt": "q", "completions": ["a", "b"], "labels": [True, True]}] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "records", "data", "said"),
     [
         ("kto", FEEDBACK[::2], {}, "a.jsonl: all 2 answers to train on are marked as desirable: "),
         ("classify", FILMS[1::3], {"labels": WORDS}, "a.jsonl: all 2 records to train on have the class yes: "),
+        ("prm", RIGHT_STEPS, {}, "a.jsonl: all steps to train on are marked as right: "),
     ],
 )
 def test_data_that_says_one_thing_only(
