@@ -10,10 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tunesmith.config_data import DataConfig, SetConfig
+from tunesmith.config_methods import AnyMethod, ChunkConfig, FreezeConfig, FullConfig, LoraConfig
 from tunesmith.config_objectives import AnyObjective, PretrainConfig, SftConfig
 from tunesmith.config_section import Count, PathSection, PositiveInt, Section, Share
 
-__all__ = ["DataConfig", "PretrainConfig", "RunConfig", "Section", "SetConfig", "SftConfig"]
+__all__ = [
+    "ChunkConfig", "DataConfig", "FreezeConfig", "FullConfig", "LoraConfig", "PretrainConfig", "RunConfig", "Section",
+    "SetConfig", "SftConfig",
+]  # fmt: skip
 
 
 class ModelConfig(PathSection):
@@ -31,65 +35,6 @@ class ModelConfig(PathSection):
     """A Jinja file, or `chatml`, to use in place of the tokenizer's own chat template."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
-
-
-class FullConfig(Section):
-    """Every parameter is trained."""
-
-    default_lr: ClassVar[float] = 2e-5
-    name: Literal["full"] = "full"
-
-
-class FreezeConfig(Section):
-    """Some parameters are trained as they are, all others stay."""
-
-    default_lr: ClassVar[float] = 5e-5
-    name: Literal["freeze"] = "freeze"
-    last_blocks: Count = 0
-    """Train the last n transformer blocks."""
-    first_blocks: Count = 0
-    """Train the first n transformer blocks."""
-    patterns: tuple[str, ...] = ()
-    """Train parameters whose name matches one of these shell patterns, such as `*.mlp.*` or `lm_head.*`."""
-
-    @model_validator(mode="after")
-    def _something_trains(self) -> Self:
-        if not (self.last_blocks or self.first_blocks or self.patterns):
-            raise ValueError("nothing would train: set last_blocks, first_blocks or patterns")
-        return self
-
-
-class LoraConfig(Section):
-    """Low-rank adapters through PEFT (Hu et al. 2021), with its variants as fields."""
-
-    default_lr: ClassVar[float] = 2e-4
-    name: Literal["lora"] = "lora"
-    rank: PositiveInt = 16
-    """Rank r of the update B·A."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """The update is scaled by alpha / rank (alpha / sqrt(rank) with rslora). Default: 2 × rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Module names (last parts, such as q_proj) or `all-linear`: every linear layer but the head."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules trained in full beside the adapters and saved with them, such as embed_tokens."""
-    rslora: bool = False
-    """Rank-stabilised scaling, alpha / sqrt(rank) (Kalajdzievski 2023)."""
-    dora: bool = False
-    """Weight-decomposed adapters: direction by LoRA, magnitude on its own (Liu et al. 2024)."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
-    """Start of A and B. pissa: principal singular vectors (Meng et al. 2024), saved as an ordinary adapter."""
-    lr_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """LoRA+ (Hayou et al. 2024): learning rate of B over that of A; the paper advises 16."""
-
-    @model_validator(mode="after")
-    def _pissa_alone(self) -> Self:
-        if self.init == "pissa" and (self.dora or self.modules_to_save):
-            raise ValueError(
-                "init: pissa is saved as a difference of A and B alone: it goes with neither dora nor modules_to_save"
-            )
-        return self
 
 
 class OptimizerSection(Section):
@@ -268,7 +213,7 @@ def _named(default: str) -> BeforeValidator:
 
 
 Objective = Annotated[AnyObjective, Field(discriminator="name"), _named("sft")]
-Method = Annotated[FullConfig | FreezeConfig | LoraConfig, Field(discriminator="name"), _named("lora")]
+Method = Annotated[AnyMethod, Field(discriminator="name"), _named("lora")]
 Optimizer = Annotated[
     AdamWConfig | AdamW8bitConfig | SgdConfig | AdafactorConfig | MuonConfig | LionConfig,
     Field(discriminator="name"),
@@ -311,6 +256,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.truncation: split tears answers from their prompts, which {self.objective.name} needs together; use "
                 "right, left or drop"
+            )
+        if self.method.name == "chunk" and self.optimizer.name in ("adafactor", "muon"):
+            raise ValueError(
+                f"optimizer: {self.optimizer.name} looks at whole matrices, of which chunk trains a part at a time; use adamw, "
+                "adamw8bit, lion or sgd"
             )
         if self.data.stream and not self.train.steps:
             raise ValueError("data.stream: nobody knows how long an epoch of a stream is: set train.steps")

@@ -40,6 +40,7 @@ def describe(run: Run) -> list[tuple[str, str]]:
     return [
         ("model", f"{config.model.path} · {short_number(total)} parameters · {config.model.precision}"),
         ("method", f"{config.method.name} · {short_number(active)} parameters train ({active / total:.2%})"),
+        *[("", text) for text in [run.learner.method.describe()] if text],
         ("objective", f"{config.objective.name} · {samples.target_share():.0%} of the tokens are targets"),
         *[(name, text) for name, helper in run.helpers.items() if (text := helper.describe())],
         ("data", f"{config.data.shown()} · {len(samples)} samples{lost(counts)} · {len(run.held_out)} held out"),

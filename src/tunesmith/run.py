@@ -194,7 +194,7 @@ def _scores_are_there(config: RunConfig) -> bool:
 def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
     device = find_device(config.engine.device)
-    precision = find_precision(config.model.precision, device, trains_all=config.method.name != "lora")
+    precision = find_precision(config.model.precision, device, METHODS[config.method.name].needs_fp32_weights)
     config = _with(config, "model", precision=precision)
     data = open_data(config, watch)
     config, samples, held_out, tokenizer = data.config, data.samples, data.held_out, data.renderer.tokenizer
@@ -216,7 +216,7 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     )
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
     learner = Learner(
-        model, build_engine(config.engine, precision), build_method(config), config.train.micro_batch_tokens
+        model, build_engine(config.engine, precision), build_method(config, data.steps), config.train.micro_batch_tokens
     )
     batches = replace(data.batches, pack=pack, share=share)
     size = (config.train.batch_size, config.data.max_tokens, pack, share)

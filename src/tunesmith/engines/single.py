@@ -39,6 +39,7 @@ class SingleEngine:
             self.head = find_head(model)
         if self.config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()  # else the backward pass runs down to the embeddings whatever trains
         if self.config.compile:
             for _, block in blocks(model):
                 block.compile(dynamic=True)
@@ -64,6 +65,9 @@ class SingleEngine:
     def sum(self, x: Tensor) -> Tensor:
         """Sum over ranks."""
         return x
+
+    def reduce(self, grads: Mapping[str, Tensor]) -> None:
+        """Sum gradients over ranks, in place."""
 
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Euclidean norm of all gradients together, over ranks."""
@@ -109,7 +113,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_precision(name: str, device: torch.device, trains_all: bool) -> str:
+def find_precision(name: str, device: torch.device, needs_fp32_weights: bool) -> str:
     """fp32, bf16 or mixed. auto: bf16 where the device multiplies it faster, and then mixed if the weights train.
 
     Measured, not looked up: processors differ (AMX, AVX-512 BF16, emulation) more than their names tell.
@@ -119,7 +123,7 @@ def find_precision(name: str, device: torch.device, trains_all: bool) -> str:
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _bf16_is_faster(device)
     if not fast:
         return "fp32"
-    return "mixed" if trains_all else "bf16"
+    return "mixed" if needs_fp32_weights else "bf16"
 
 
 def _bf16_is_faster(device: torch.device) -> bool:

@@ -88,7 +88,7 @@ def load_generator(path: str, device: str = "auto", precision: str = "auto") -> 
             raise UserError(f"{path}: the run has not ended yet; go on with it: tunesmith train --resume {path}")
         folder, base = run.model, run.read_config().model
     place = find_device(device)
-    dtype = torch.float32 if find_precision(precision, place, trains_all=False) == "fp32" else torch.bfloat16
+    dtype = torch.float32 if find_precision(precision, place, needs_fp32_weights=False) == "fp32" else torch.bfloat16
     config = ModelConfig(path=str(folder) if folder.is_dir() else path)
     adapter_file = folder / "adapter_config.json"
     adapter = json.loads(adapter_file.read_text()) if adapter_file.is_file() else None

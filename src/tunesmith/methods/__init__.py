@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from tunesmith.config import RunConfig
 from tunesmith.methods.base import Method, NonFiniteError
+from tunesmith.methods.chunk import Chunk
 from tunesmith.methods.freeze import Freeze
 from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora
 
-METHODS: dict[str, type[Method]] = {"full": Full, "freeze": Freeze, "lora": Lora}
+METHODS: dict[str, type[Method]] = {"full": Full, "freeze": Freeze, "lora": Lora, "chunk": Chunk}
 
 
-def build_method(config: RunConfig) -> Method:
-    """The method that a run's configuration names."""
-    return METHODS[config.method.name](config.method, config.optimizer, config.train.max_grad_norm)
+def build_method(config: RunConfig, steps: int) -> Method:
+    """The method that a run's configuration names, for a run of so many steps."""
+    return METHODS[config.method.name](config.method, config.optimizer, config.train.max_grad_norm, steps, config.seed)
 
 
 __all__ = ["METHODS", "Method", "NonFiniteError", "build_method"]

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
 from tunesmith.types import Batch, Memory
 
 Metrics = dict[str, Tensor]
 LossFn = Callable[[Batch], tuple[Tensor, Metrics]]
+Shapes = Mapping[str, tuple[int, int]]
+"""Of parameters by name: (elements, bytes per element)."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -32,6 +36,7 @@ class EngineLike(Protocol):
 
     def sum(self, x: Tensor) -> Tensor: ...
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
+    def reduce(self, grads: Mapping[str, Tensor]) -> None: ...
 
 
 class Method:
@@ -39,11 +44,18 @@ class Method:
 
     requires: ClassVar[frozenset[str]] = frozenset({"autograd"})
     """What the engine must provide."""
+    trains_all: ClassVar[bool] = False
+    """Whether every parameter of the model trains at some time."""
+    needs_fp32_weights: ClassVar[bool] = True
+    """Whether the optimizer works on the model's own weights, which bf16 would round at each step."""
 
-    def __init__(self, config: Any, optimizer_config: Any, max_grad_norm: float | None) -> None:
+    def __init__(
+        self, config: Any, optimizer_config: Any, max_grad_norm: float | None, steps: int = 1, seed: int = 0
+    ) -> None:
         self.config = config
         self.optimizer_config = optimizer_config
         self.max_grad_norm = max_grad_norm
+        self.steps, self.seed = steps, seed
         self.start: dict[str, Tensor] | None = None
 
     def adapt(self, model: Any) -> None:
@@ -68,7 +80,8 @@ class Method:
         Raises NonFiniteError, before anything is changed, when the loss or a gradient is not finite.
         """
         metrics = self.gradient(loss_fn, micro_batches)
-        grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
+        grads = {name: p.grad for name, p in self.active().items() if p.grad is not None}
+        self.engine.reduce(grads)
         metrics["grad_norm"] = norm = self.engine.norm(grads)
         for what in ("loss", "grad_norm"):
             if not torch.isfinite(metrics[what]):
@@ -76,13 +89,21 @@ class Method:
         if self.max_grad_norm is not None:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(list(grads.values()), scale)
-        self.optimizer.step(lr)
+        self.update(lr)
         return metrics
+
+    def active(self) -> dict[str, nn.Parameter]:
+        """What collects gradients at this step."""
+        return self.params
+
+    def update(self, lr: float) -> None:
+        """Change the parameters by their gradients."""
+        self.optimizer.step(lr)
 
     def gradient(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> Metrics:
         """Sum the micro-batches' gradients into `.grad`: the one place where accumulation is written."""
         metrics: Metrics = {}
-        for p in self.params.values():
+        for p in self.active().values():
             p.grad = None
         for micro_batch in micro_batches:
             loss, more = loss_fn(micro_batch)
@@ -115,8 +136,12 @@ class Method:
         for name, p in self.params.items():
             p.data, self.start[name] = self.start[name], p.data
 
-    def memory(self, shapes: Mapping[str, tuple[int, int]]) -> Memory:
-        """Bytes held through a step for the trainable parameters. shapes: name → (elements, bytes per element)."""
+    def describe(self) -> str:
+        """What the header says of the method beside its name and how much trains; nothing if empty."""
+        return ""
+
+    def memory(self, shapes: Shapes) -> Memory:
+        """Bytes held through a step for the trainable parameters."""
         return Memory(
             gradients_bytes=sum(elements * size for elements, size in shapes.values()),
             optimizer_bytes=optimizer_bytes(self.optimizer_config, shapes),
@@ -141,3 +166,17 @@ class Method:
         """Write what transformers (or PEFT) loads as is."""
         model: Any = self.model
         model.save_pretrained(folder)
+
+
+def matching(model: Any, patterns: Sequence[str], setting: str) -> set[int]:
+    """Ids of the parameters whose name matches a shell pattern. Raises UserError for a pattern that matches none."""
+    # with duplicates: a tied head is found under its own name too
+    named = list(model.named_parameters(remove_duplicate=False))
+    found = set()
+    for pattern in patterns:
+        matched = {id(p) for name, p in named if fnmatchcase(name, pattern)}
+        if not matched:
+            names = ", ".join(name for name, _ in named[:3])
+            raise UserError(f"{setting}: {pattern!r} matches no parameter; names look like {names}")
+        found |= matched
+    return found

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Any
 
 from tunesmith.errors import UserError
-from tunesmith.methods.base import Method
+from tunesmith.methods.base import Method, matching
 from tunesmith.models.load import blocks, head_kind, value_head
 
 
@@ -28,13 +27,7 @@ class Freeze(Method):
             block.requires_grad_(True)
         if head_kind(model) != "language":
             value_head(model).requires_grad_(True)
-        # with duplicates: a tied head is found under its own name too
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        for pattern in self.config.patterns:
-            matched = [name for name in names if fnmatchcase(name, pattern)]
-            if not matched:
-                raise UserError(
-                    f"method.patterns: {pattern!r} matches no parameter; names look like {', '.join(names[:3])}"
-                )
-            for name in matched:
-                model.get_parameter(name).requires_grad_(True)
+        wanted = matching(model, self.config.patterns, "method.patterns")
+        for p in model.parameters():
+            if id(p) in wanted:
+                p.requires_grad_(True)

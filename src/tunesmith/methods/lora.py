@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ class Lora(Method):
     twice the rank for the unchanged base: ΔW = BA - B₀A₀ (PEFT's conversion).
     A value head trains in full, in fp32, and is saved with the adapter.
     """
+
+    needs_fp32_weights: ClassVar[bool] = False
 
     def adapt(self, model: Any) -> None:
         import peft

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.models.slices import Slice, slice_of, tap_linear
 from tunesmith.types import Wanted
 
 CHUNK_ELEMENTS = 2**23
@@ -91,12 +92,16 @@ def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tens
     linear: Any = head.linear
     vocabulary, width = linear.weight.shape
     rows = max(1, CHUNK_ELEMENTS // vocabulary)
-    if linear.weight.requires_grad:
-        rows = max(rows, min(width, TRAINED_CHUNK_ELEMENTS // vocabulary))
+    trained = slice_of(linear.weight) or (Slice(linear.weight, 0, vocabulary) if linear.weight.requires_grad else None)
+    if trained is not None:
+        rows = max(rows, min((trained.stop - trained.start) * width, TRAINED_CHUNK_ELEMENTS) // vocabulary)
     if type(linear) is nn.Linear:
         dtype = _compute_dtype(linear.weight)
         weight, bias = linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
-        return _ChunkedHead.apply(hidden_ND, weight, bias, targets, head, rows, torch.is_grad_enabled())
+        part = slice_of(linear.weight)
+        leaf = None if part is None else part.leaf.to(dtype)
+        where = None if part is None else (part.start, part.stop)
+        return _ChunkedHead.apply(hidden_ND, weight, bias, leaf, targets, head, rows, where, torch.is_grad_enabled())
 
     # an output layer that a method has wrapped (an adapter, a trained copy): the same chunks, through the module itself
     def of_chunk(hidden: Tensor, part: Targets) -> tuple[Tensor, Tensor]:
@@ -111,6 +116,26 @@ def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tens
     return torch.cat([main for main, _ in chunks]), torch.cat([other for _, other in chunks], dim=1)
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """The output layer's, in the dtype of its product; `leaf`: the rows where[0] … where[1]-1 that alone train, or None."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    leaf: Tensor | None
+    where: tuple[int, int] | None
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.weight_VD, self.bias_V, self.leaf
+
+    def logits(self, hidden_ND: Tensor, head: Head) -> Tensor:
+        hidden_ND = hidden_ND.to(self.weight_VD.dtype)
+        raw_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        if self.leaf is not None and self.where is not None:
+            raw_NV = tap_linear(raw_NV, hidden_ND, Slice(self.leaf, *self.where))  # type: ignore[arg-type]
+        return head.transform(raw_NV)
+
+
 class _ChunkedHead(torch.autograd.Function):
     """A linear layer and what comes after it, chunked; the gradient of one number for each row.
 
@@ -123,11 +148,13 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets: Targets, head: Head, rows: int,
-        with_grad: bool,
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, leaf: Tensor | None, targets: Targets,
+        head: Head, rows: int, where: tuple[int, int] | None, with_grad: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.targets, ctx.head, ctx.rows = targets, head, rows
-        ctx.trained = with_grad and any(p is not None and p.requires_grad for p in (weight_VD, bias_V))
+        ctx.targets, ctx.head, ctx.rows, ctx.where = targets, head, rows, where
+        weights = _Weights(weight_VD, bias_V, leaf, where)
+        ctx.wanted = [with_grad and x is not None and x.requires_grad for x in (hidden_ND, *weights.tensors())]
+        ctx.trained = any(ctx.wanted[1:])
         number, dtype = len(targets.token_N), at_least_fp32(hidden_ND[:0]).dtype
         out = (
             torch.empty(number, dtype=dtype, device=hidden_ND.device),
@@ -135,19 +162,19 @@ class _ChunkedHead(torch.autograd.Function):
         )
         if ctx.trained and targets.wanted.is_likelihood:
             guess_N = torch.ones_like(out[0]) if targets.weight_N is None else targets.weight_N.to(dtype)
-            grads = _gradients(hidden_ND, weight_VD, bias_V, targets, guess_N, head, rows, out)
-            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, guess_N, *grads)
+            grads = _gradients(hidden_ND, weights, ctx.wanted, targets, guess_N, head, rows, out)
+            ctx.save_for_backward(hidden_ND, *weights.tensors(), guess_N, *grads)
         else:
-            grad_now = with_grad and hidden_ND.requires_grad and not ctx.trained
+            grad_now = ctx.wanted[0] and not ctx.trained
             grad_ND = torch.empty_like(hidden_ND) if grad_now else None
             for part in _chunks(number, rows):
                 hidden = hidden_ND[part].detach().requires_grad_(grad_now)
                 with torch.set_grad_enabled(grad_now):
-                    main = _fill(out, part, hidden, weight_VD, bias_V, targets, head)
+                    main = _fill(out, part, hidden, weights, targets, head)
                 if grad_ND is not None:
                     (grad_ND[part],) = torch.autograd.grad(main, hidden, torch.ones_like(main))
             if ctx.trained:
-                ctx.save_for_backward(hidden_ND, weight_VD, bias_V, None)
+                ctx.save_for_backward(hidden_ND, *weights.tensors(), None)
             else:
                 ctx.save_for_backward(grad_ND)
         ctx.mark_non_differentiable(out[1])
@@ -158,13 +185,18 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor, _others: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.trained:
             (grad_ND,) = ctx.saved_tensors
-            return (grad_ND * grad_N[:, None].to(grad_ND.dtype), *[None] * 6)
-        hidden_ND, weight_VD, bias_V, guess_N, *grads = ctx.saved_tensors
+            return (grad_ND * grad_N[:, None].to(grad_ND.dtype), *[None] * 8)
+        hidden_ND, weight_VD, bias_V, leaf, guess_N, *grads = ctx.saved_tensors
+        weights = _Weights(weight_VD, bias_V, leaf, ctx.where)
         grads = _scaled(grads, guess_N, grad_N) or _gradients(
-            hidden_ND, weight_VD, bias_V, ctx.targets, grad_N, ctx.head, ctx.rows
+            hidden_ND, weights, ctx.wanted, ctx.targets, grad_N, ctx.head, ctx.rows
         )
-        done = [grad.to(like.dtype) for grad, like in zip(grads, (hidden_ND, weight_VD, weight_VD), strict=False)]
-        return (*done, *[None] * (7 - len(done)))
+        found = iter(grads)
+        tensors = (hidden_ND, *weights.tensors())
+        done = [
+            next(found).to(like.dtype) if wanted else None for wanted, like in zip(ctx.wanted, tensors, strict=True)
+        ]
+        return (*done, *[None] * 5)
 
 
 def _scaled(grads: list[Tensor], guess_N: Tensor | None, grad_N: Tensor) -> list[Tensor] | None:
@@ -178,36 +210,41 @@ def _scaled(grads: list[Tensor], guess_N: Tensor | None, grad_N: Tensor) -> list
 
 
 def _gradients(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets: Targets, upstream_N: Tensor, head: Head,
+    hidden_ND: Tensor, weights: _Weights, wanted: list[bool], targets: Targets, upstream_N: Tensor, head: Head,
     rows: int, out: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of (main · upstream) by hidden states, weight and bias, made chunk by chunk and summed in fp32.
-
-    Fills `out` on the way if it is given.
+    """Gradients of (main · upstream) by those of hidden states, weight, bias and leaf that are wanted, made chunk by chunk;
+    those of the layer are summed in fp32. Fills `out` on the way if it is given.
     """
-    wanted = [p.detach().requires_grad_() for p in (weight_VD, bias_V) if p is not None]
-    weight, bias = wanted[0], wanted[1] if bias_V is not None else None
-    grad_ND = torch.empty_like(hidden_ND)
+    of_hidden, *of_layer = wanted
+    weight, bias, leaf = (
+        None if x is None else x.detach().requires_grad_(own)
+        for x, own in zip(weights.tensors(), of_layer, strict=True)
+    )
+    assert weight is not None, "only bias and leaf may be missing"
+    local = _Weights(weight, bias, leaf, weights.where)
+    trained = [x for x in local.tensors() if x is not None and x.requires_grad]
+    grad_ND = torch.empty_like(hidden_ND) if of_hidden else None
     sums: list[Tensor] = []
     for part in _chunks(len(upstream_N), rows):
-        hidden = hidden_ND[part].detach().requires_grad_()
+        hidden = hidden_ND[part].detach().requires_grad_(of_hidden)
         with torch.enable_grad():
-            main = _fill(out, part, hidden, weight, bias, targets, head)
-        grad_ND[part], *grads = torch.autograd.grad(main, [hidden, *wanted], upstream_N[part])
+            main = _fill(out, part, hidden, local, targets, head)
+        grads = list(torch.autograd.grad(main, [*([hidden] if of_hidden else []), *trained], upstream_N[part]))
+        if grad_ND is not None:
+            grad_ND[part] = grads.pop(0)
         if sums:
             torch._foreach_add_(sums, [at_least_fp32(grad) for grad in grads])
         else:
             sums = [at_least_fp32(grad) for grad in grads]
-    return [grad_ND, *(sums or [torch.zeros_like(p) for p in wanted])]
+    return [*([] if grad_ND is None else [grad_ND]), *(sums or [torch.zeros_like(p) for p in trained])]
 
 
 def _fill(
-    out: tuple[Tensor, Tensor] | None, part: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    targets: Targets, head: Head,
-) -> Tensor:  # fmt: skip
+    out: tuple[Tensor, Tensor] | None, part: slice, hidden: Tensor, weights: _Weights, targets: Targets, head: Head
+) -> Tensor:
     """One chunk's main numbers, with their graph; their values go into `out`, and those of the others."""
-    logits = head.transform(nn.functional.linear(hidden.to(weight.dtype), weight, bias))
-    main, others = targets.part(part).of_logits(logits)
+    main, others = targets.part(part).of_logits(weights.logits(hidden, head))
     if out is not None:
         out[0][part], out[1][:, part] = main.detach(), others
     return main

@@ -1,0 +1,138 @@
+"""The configuration's sections on methods: what trains, and how a gradient is had. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tunesmith.config_section import Count, PositiveInt, Section
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _bytes_of(value: Any) -> Any:
+    """14GiB → 15032385536; numbers are bytes."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
+    if found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
+        raise ValueError(f"{value!r} is no number of bytes: write it as 800MiB or 14GiB (or MB, GB)")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+Size = Annotated[int, BeforeValidator(_bytes_of), Field(gt=0)]
+"""Bytes, as a number or as 14GiB."""
+
+
+class FullConfig(Section):
+    """Every parameter is trained."""
+
+    default_lr: ClassVar[float] = 2e-5
+    name: Literal["full"] = "full"
+
+
+class FreezeConfig(Section):
+    """Some parameters are trained as they are, all others stay."""
+
+    default_lr: ClassVar[float] = 5e-5
+    name: Literal["freeze"] = "freeze"
+    last_blocks: Count = 0
+    """Train the last n transformer blocks."""
+    first_blocks: Count = 0
+    """Train the first n transformer blocks."""
+    patterns: tuple[str, ...] = ()
+    """Train parameters whose name matches one of these shell patterns, such as `*.mlp.*` or `lm_head.*`."""
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if not (self.last_blocks or self.first_blocks or self.patterns):
+            raise ValueError("nothing would train: set last_blocks, first_blocks or patterns")
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters through PEFT (Hu et al. 2021), with its variants as fields."""
+
+    default_lr: ClassVar[float] = 2e-4
+    name: Literal["lora"] = "lora"
+    rank: PositiveInt = 16
+    """Rank r of the update B·A."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank (alpha / sqrt(rank) with rslora). Default: 2 × rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names (last parts, such as q_proj) or `all-linear`: every linear layer but the head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full beside the adapters and saved with them, such as embed_tokens."""
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Weight-decomposed adapters: direction by LoRA, magnitude on its own (Liu et al. 2024)."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    """Start of A and B. pissa: principal singular vectors (Meng et al. 2024), saved as an ordinary adapter."""
+    lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """LoRA+ (Hayou et al. 2024): learning rate of B over that of A; the paper advises 16."""
+
+    @model_validator(mode="after")
+    def _pissa_alone(self) -> Self:
+        if self.init == "pissa" and (self.dora or self.modules_to_save):
+            raise ValueError(
+                "init: pissa is saved as a difference of A and B alone: it goes with neither dora nor modules_to_save"
+            )
+        return self
+
+
+class ChunkConfig(Section):
+    """Every parameter is trained, a chunk at a time: the memory of full fine-tuning without its gradients and optimizer state
+    (ChunkFT, arXiv 2605.21177; BAdam, HiFT and LISA are settings of it)."""
+
+    default_lr: ClassVar[float] = 5e-5
+    name: Literal["chunk"] = "chunk"
+    memory: Size | None = None
+    """What the run may take at its peak, such as 14GiB: chunks become as large as that allows, and activations are kept or
+    computed again as it asks. On a GPU it is what torch allocates there, on the CPU the process's own memory."""
+    chunk_bytes: Size | None = None
+    """Gradients, master weights and optimizer state of a chunk at most, such as 500MiB."""
+    num_chunks: PositiveInt | None = None
+    """Number of chunks, of equal bytes. Default, where neither memory nor chunk_bytes says it: 16."""
+    layout: Literal["bytes", "layers"] = "bytes"
+    """bytes: chunks of equal size, cut inside weights where it falls so; layers: a chunk is a transformer block, or what lies
+    before, between or behind them (embeddings, head), as in BAdam, HiFT and LISA."""
+    num_active: PositiveInt = 1
+    """Chunks that train together."""
+    order: Literal["random", "sampled", "ascending", "descending"] | tuple[Count, ...] = "random"
+    """random: each cycle visits all chunks, shuffled; sampled: drawn anew each time (LISA); ascending: from the embeddings up;
+    descending; or the numbers of chunks, to be repeated."""
+    updates_per_chunk: PositiveInt | None = None
+    """Updates before the next chunk's turn. Default: a cycle takes all steps, or an epoch, but 100 at most (BAdam's rule)."""
+    state: Literal["keep", "reset", "8bit"] = "keep"
+    """Optimizer state of a chunk that waits: kept; forgotten (BAdam), which costs nothing; kept in 8 bits a number."""
+    offload: Literal["auto", "host", "disk"] = "auto"
+    """Where it waits: the host's memory, or a temporary file; auto: host under a GPU, disk where the host itself trains."""
+    weights: Literal["resident", "stream"] = "resident"
+    """stream: blocks wait there too, and come to the device when their turn is near: for models larger than its memory."""
+    rounding: Literal["master", "stochastic"] = "master"
+    """How bf16 weights take small updates: an fp32 copy of the active chunk, or rounding at random in proportion."""
+    always: tuple[str, ...] = ()
+    """Parameters whose name matches one of these shell patterns train in every chunk (LISA: `*embed*` and `lm_head*`)."""
+    frozen: tuple[str, ...] = ()
+    """Parameters whose name matches never train (BAdam: `*embed*` and `lm_head*`)."""
+    row_alignment: PositiveInt = 128
+    """Weights are cut at multiples of so many rows."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        given = [name for name in ("memory", "chunk_bytes", "num_chunks") if getattr(self, name) is not None]
+        if len(given) > 1 and given != ["memory", "num_chunks"]:
+            raise ValueError(f"{' and '.join(given)} say the same twice: give one of them")
+        if given and self.layout == "layers":
+            raise ValueError(f"{given[0]}: layout layers makes a chunk of each block, whatever its size; leave it out")
+        if self.state == "reset" and self.offload != "auto":
+            raise ValueError("offload: state reset leaves nothing to keep; leave it out, or set state to keep or 8bit")
+        return self
+
+
+AnyMethod = FullConfig | FreezeConfig | LoraConfig | ChunkConfig

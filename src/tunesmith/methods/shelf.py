@@ -1,0 +1,161 @@
+"""Where the optimizer state of chunks waits for their turn: in the host's memory or in a temporary file, in 32 or 8 bits."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Numbers that share a scale in 8 bits."""
+
+State = dict[str, Tensor]
+
+
+class Shelf:
+    """Tensors by key and name, off the device."""
+
+    def __init__(self, device: torch.device, on_disk: bool, eight_bit: bool) -> None:
+        self.device, self.eight_bit = device, eight_bit
+        self.file = _File() if on_disk else None
+        self.kept: dict[str, State] = {}
+        self.ahead: dict[str, tuple[State, torch.cuda.Event]] = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.leaving: list[tuple[torch.cuda.Event, State]] = []
+
+    def put(self, key: str, state: Mapping[str, Tensor]) -> None:
+        """Take a state off the device. What the device holds of it is free once the copy is done."""
+        self.ahead.pop(key, None)
+        packed = _packed(state) if self.eight_bit else dict(state)
+        if self.file is not None:
+            self.kept[key] = {name: self.file.keep(f"{key} {name}", x) for name, x in packed.items()}
+        elif self.stream is None:
+            self.kept[key] = {name: x.detach().clone() for name, x in packed.items()}
+        else:
+            self._settle(keep=1)
+            target = self.kept.get(key) or {
+                n: torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for n, x in packed.items()
+            }
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                for name, x in packed.items():
+                    target[name].copy_(x, non_blocking=True)
+                    x.record_stream(self.stream)
+                done = torch.cuda.Event()
+                done.record(self.stream)
+            self.kept[key] = target
+            self.leaving.append((done, packed))
+
+    def fetch(self, key: str) -> None:
+        """Begin to bring a state back, beside what the device is doing."""
+        if self.stream is None or key not in self.kept or key in self.ahead:
+            return
+        with torch.cuda.stream(self.stream):  # behind the copies that leave: a state is whole before it comes back
+            arriving = {name: x.to(self.device, non_blocking=True) for name, x in self.kept[key].items()}
+            done = torch.cuda.Event()
+            done.record(self.stream)
+        self.ahead[key] = arriving, done
+
+    def get(self, key: str) -> State | None:
+        """A state on the device; None if there is none under this key."""
+        if key not in self.kept:
+            return None
+        if self.stream is None:
+            found = {name: x.to(self.device, copy=True) for name, x in self.kept[key].items()}
+        else:
+            self.fetch(key)
+            found, done = self.ahead.pop(key)
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(done)
+            for x in found.values():
+                x.record_stream(current)
+        return _unpacked(found) if self.eight_bit else found
+
+    def state_dict(self) -> dict[str, State]:
+        """All that waits, as it is kept (8-bit states stay so)."""
+        self._settle(keep=0)
+        return dict(self.kept)
+
+    def load_state_dict(self, saved: Mapping[str, State]) -> None:
+        self.kept, self.ahead = {}, {}
+        for key, state in saved.items():
+            if self.file is not None:
+                self.kept[key] = {name: self.file.keep(f"{key} {name}", x) for name, x in state.items()}
+            else:
+                pin = self.stream is not None
+                self.kept[key] = {name: x.pin_memory() if pin else x.clone() for name, x in state.items()}
+
+    def _settle(self, keep: int) -> None:
+        """Wait until at most `keep` states are on their way off the device."""
+        while len(self.leaving) > keep:
+            done, _ = self.leaving.pop(0)
+            done.synchronize()
+
+
+class _File:
+    """A temporary file of tensors, each at a place of its own. What is returned is mapped: it costs no memory to hold."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile(prefix="tunesmith-")  # noqa: SIM115  it lives as long as the run
+        self.places: dict[str, int] = {}
+        self.end = 0
+
+    def keep(self, key: str, x: Tensor) -> Tensor:
+        x = x.detach().cpu().contiguous()
+        if x.numel() == 0 or x.ndim == 0:
+            return x.clone()
+        array = x.view(torch.uint8).numpy()
+        if key not in self.places:
+            self.places[key] = self.end
+            self.end += -(-array.nbytes // 4096) * 4096
+        self.file.seek(self.places[key])
+        self.file.write(array.data)
+        self.file.flush()
+        mapped = np.memmap(self.file, np.uint8, "r+", self.places[key], (array.nbytes,))
+        return torch.from_numpy(mapped).view(x.dtype).view(x.shape)
+
+
+def _packed(state: Mapping[str, Tensor]) -> State:
+    """Moments in a byte each and an fp32 scale per block; the rest as it is."""
+    packed: State = {}
+    for name, x in state.items():
+        if x.ndim == 0 or name == "master":
+            packed[name] = x
+        else:
+            packed[f"{name}/code"], packed[f"{name}/scale"] = to_8bit(x, is_square="sq" in name)
+            packed[f"{name}/shape"] = torch.tensor(x.shape)
+    return packed
+
+
+def _unpacked(packed: State) -> State:
+    state = {name: x for name, x in packed.items() if "/" not in name}
+    for name in (name.removesuffix("/code") for name in packed if name.endswith("/code")):
+        shape = packed[f"{name}/shape"].tolist()
+        state[name] = from_8bit(packed[f"{name}/code"], packed[f"{name}/scale"], shape, is_square="sq" in name)
+    return state
+
+
+def to_8bit(x: Tensor, *, is_square: bool) -> tuple[Tensor, Tensor]:
+    """(codes, uint8 or int8 [n], largest magnitude of each block of 256, fp32 [n / 256]) of a moment.
+
+    A first moment's code is 127 · sign · (|x| / largest)^(1/2): a finer grain for small numbers. A second moment's is
+    255 · (x / largest)^(1/4), rounded up: it never becomes smaller, least of all 0, by which Adam would divide.
+    """
+    flat = x.detach().float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    share = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).flatten()[: len(flat)]
+    if is_square:
+        return (255 * share.clamp(0, 1).sqrt_().sqrt_()).ceil_().to(torch.uint8), scale
+    return (127 * share.abs().sqrt() * share.sign()).round_().to(torch.int8), scale
+
+
+def from_8bit(code: Tensor, scale: Tensor, shape: Any, *, is_square: bool) -> Tensor:
+    """The moment, fp32, from what `to_8bit` made."""
+    share = code.float() / (255 if is_square else 127)
+    share = share**4 if is_square else share * share.abs()
+    return (share * scale.repeat_interleave(BLOCK)[: len(code)]).view(shape)
