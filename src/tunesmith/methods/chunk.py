@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import prod
 from typing import Any, ClassVar
@@ -190,12 +191,9 @@ class Chunk(Method):
 
     def _begin(self, span: Span) -> Trainee:
         p = self.params[span.name]
-        if (span.start, span.stop) == (0, len(p) if p.ndim else 1):
-            leaf: nn.Parameter = p.requires_grad_(True)
-
-            def stop() -> None:
-                p.requires_grad_(False)
-                p.grad = None
+        if span.stop - span.start == (len(p) if p.ndim else 1):
+            leaf, stop = p, partial(_stand_still, p)
+            p.requires_grad_(True)
         else:
             leaf, stop = train_rows(self.model, p, span.start, span.stop)
         master: Any = leaf
@@ -281,6 +279,11 @@ def stochastic_bf16(x: Tensor) -> Tensor:
     """fp32 rounded to one of the two nearest bf16 numbers at random, in proportion to how near: right on average."""
     noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device)
     return (x.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+def _stand_still(p: nn.Parameter) -> None:
+    p.requires_grad_(False)
+    p.grad = None
 
 
 def _key(span: Span) -> str:
