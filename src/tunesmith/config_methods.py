@@ -130,6 +130,10 @@ class ChunkConfig(Section):
             raise ValueError(f"{' and '.join(given)} say the same twice: give one of them")
         if given and self.layout == "layers":
             raise ValueError(f"{given[0]}: layout layers makes a chunk of each block, whatever its size; leave it out")
+        if self.memory is not None and self.num_active > 1:
+            raise ValueError(
+                "memory: chunks are made as large as it allows, so one trains at a time: leave num_active at 1"
+            )
         if self.state == "reset" and self.offload != "auto":
             raise ValueError("offload: state reset leaves nothing to keep; leave it out, or set state to keep or 8bit")
         return self

@@ -29,7 +29,7 @@ from tunesmith.interrupt import StopRequest
 from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
 from tunesmith.manifest import describe, manifest, other_models, weights_hash
-from tunesmith.methods import METHODS, NonFiniteError, build_method
+from tunesmith.methods import METHODS, Extent, NonFiniteError, build_method
 from tunesmith.models.load import load_model, model_source, padding_token
 from tunesmith.models.probe import attention_span, isolates_sequences, shares_prefixes
 from tunesmith.models.score import has_router
@@ -136,6 +136,8 @@ def _same_as_before(folder: RunFolder, config: RunConfig) -> RunConfig:
         config = _with(config, "model", precision=before.model.precision)
     if config.data.date is None:
         config = _with(config, "data", date=before.data.date)
+    if config.method.name == before.method.name == "chunk" and config.method.num_chunks is None:
+        config = _with(config, "method", num_chunks=before.method.num_chunks)
     before = before.model_copy(update={"output": config.output})
     refused = [line for line in differing_keys(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
     if refused:
@@ -215,9 +217,11 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
         and _may_share(config, model, pack, samples, held_out)
     )
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
-    learner = Learner(
-        model, build_engine(config.engine, precision), build_method(config, data.steps), config.train.micro_batch_tokens
-    )
+    tokens = min(config.data.max_tokens, max(int(part.lengths().max()) for part in (samples, held_out) if len(part)))
+    extent = Extent(data.steps, max(1, config.train.micro_batch_tokens // tokens), tokens, config.seed)
+    engine, method = build_engine(config.engine, precision), build_method(config, extent)
+    learner = Learner(model, engine, method, config.train.micro_batch_tokens)
+    config = _with(config, "method", **method.resolved())
     batches = replace(data.batches, pack=pack, share=share)
     size = (config.train.batch_size, config.data.max_tokens, pack, share)
     every = chain.from_iterable(EvaluationBatches(part, *size) for part in (samples, held_out) if len(part))

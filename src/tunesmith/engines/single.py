@@ -14,6 +14,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.load import blocks
 from tunesmith.models.probe import find_head
 from tunesmith.models.score import hidden_of_targets, score
+from tunesmith.plan.activations import Activations, measure
 from tunesmith.types import Batch, Scores, Wanted
 
 
@@ -34,16 +35,37 @@ class SingleEngine:
 
     def place(self, model: Any) -> Any:
         """Move to the device, learn the head's rule, and apply checkpointing and compilation, in this order."""
-        model.to(self.device).eval()  # PEFT's new layers start in training mode: the probe compares two passes
+        self._move(model)
+        model.eval()  # PEFT's new layers start in training mode: the probe compares two passes
         with self._autocast(), torch.no_grad():
             self.head = find_head(model)
-        if self.config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.disable_input_require_grads()  # else the backward pass runs down to the embeddings whatever trains
+        self.checkpoint_blocks(model, self.config.activation_checkpointing)
         if self.config.compile:
             for _, block in blocks(model):
                 block.compile(dynamic=True)
         return model
+
+    def _move(self, model: Any) -> None:
+        """To the device; weights on no device (meta) are those that a method brings itself."""
+        for p in model.parameters():
+            if p.device.type != "meta":
+                p.data = p.data.to(self.device)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+
+    def checkpoint_blocks(self, model: Any, on: bool) -> None:
+        """Whether blocks are computed again in the backward pass."""
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()  # else the backward pass runs down to the embeddings whatever trains
+        elif model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+
+    def activations(self, model: Any, rows: int, tokens: int) -> Activations:
+        """What a micro-batch of so many rows and tokens takes in the model."""
+        with self._autocast():
+            return measure(model, self.head, rows, tokens)
 
     def score(self, model: Any, batch: Batch, wanted: Wanted | None = None) -> Scores:
         """Log-probabilities of the batch's targets, and what else is wanted."""
@@ -78,10 +100,27 @@ class SingleEngine:
         return batch
 
     def memory_bytes(self) -> int:
-        """Peak of the accelerator's allocator, or the process's resident memory on the CPU."""
+        """Peak of the accelerator's allocator; on the CPU what the process holds, which never falls (`keep_freed_memory`)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return psutil.Process().memory_info().rss
+        return own_memory()
+
+    def economize(self) -> None:
+        """From now on hold no more memory than is in use."""
+        if self.device.type == "cpu":
+            return_freed_memory()
+
+    def held_bytes(self) -> int:
+        """What is allocated on the accelerator now, or held by the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return own_memory()
+
+
+def own_memory() -> int:
+    """Resident memory of this process without mapped files, which the kernel can drop when memory is short."""
+    held = psutil.Process().memory_info()
+    return held.rss - getattr(held, "shared", 0)
 
 
 def keep_freed_memory() -> None:
@@ -89,13 +128,29 @@ def keep_freed_memory() -> None:
 
     Every step frees and takes the same activations and logits. Affects this process alone; no effect without glibc.
     """
+    _mallopt(mmap_max=0, trim_threshold=2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """The opposite, and stricter than glibc's own way: blocks from 256 KiB on are the kernel's again once they are free.
+
+    Slower by the faults, but without gaps: what the process holds is what it uses.
+    """
+    _mallopt(mmap_max=2**20, mmap_threshold=2**18, trim_threshold=2**20)
+
+
+MALLOC_OPTIONS = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}
+"""Numbers of malloc.h."""
+
+
+def _mallopt(**options: int) -> None:
     import ctypes
 
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_MAX
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        for name, value in options.items():
+            libc.mallopt(MALLOC_OPTIONS[name], value)
+        libc.malloc_trim(0)
 
 
 def find_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tunesmith.config import RunConfig
-from tunesmith.methods.base import Method, NonFiniteError
+from tunesmith.methods.base import Extent, Method, NonFiniteError
 from tunesmith.methods.chunk import Chunk
 from tunesmith.methods.freeze import Freeze
 from tunesmith.methods.full import Full
@@ -12,9 +12,9 @@ from tunesmith.methods.lora import Lora
 METHODS: dict[str, type[Method]] = {"full": Full, "freeze": Freeze, "lora": Lora, "chunk": Chunk}
 
 
-def build_method(config: RunConfig, steps: int) -> Method:
-    """The method that a run's configuration names, for a run of so many steps."""
-    return METHODS[config.method.name](config.method, config.optimizer, config.train.max_grad_norm, steps, config.seed)
+def build_method(config: RunConfig, extent: Extent) -> Method:
+    """The method that a run's configuration names, for a run of this extent."""
+    return METHODS[config.method.name](config.method, config.optimizer, config.train.max_grad_norm, extent)
 
 
-__all__ = ["METHODS", "Method", "NonFiniteError", "build_method"]
+__all__ = ["METHODS", "Extent", "Method", "NonFiniteError", "build_method"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
+from tunesmith.plan.activations import Activations
 from tunesmith.types import Batch, Memory
 
 Metrics = dict[str, Tensor]
@@ -31,12 +33,27 @@ class NonFiniteError(ArithmeticError):
     """Which update, counted from 0; the loop sets it."""
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How long a run is, and how much goes through the model at once."""
+
+    steps: int = 1
+    rows: int = 1
+    tokens: int = 1
+    """Of a row."""
+    seed: int = 0
+
+
 class EngineLike(Protocol):
     """What a method asks of an engine."""
 
     def sum(self, x: Tensor) -> Tensor: ...
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
     def reduce(self, grads: Mapping[str, Tensor]) -> None: ...
+    def economize(self) -> None: ...
+    def held_bytes(self) -> int: ...
+    def activations(self, model: Any, rows: int, tokens: int) -> Activations: ...
+    def checkpoint_blocks(self, model: Any, on: bool) -> None: ...
 
 
 class Method:
@@ -50,12 +67,12 @@ class Method:
     """Whether the optimizer works on the model's own weights, which bf16 would round at each step."""
 
     def __init__(
-        self, config: Any, optimizer_config: Any, max_grad_norm: float | None, steps: int = 1, seed: int = 0
+        self, config: Any, optimizer_config: Any, max_grad_norm: float | None, extent: Extent = Extent()
     ) -> None:
         self.config = config
         self.optimizer_config = optimizer_config
         self.max_grad_norm = max_grad_norm
-        self.steps, self.seed = steps, seed
+        self.extent = extent
         self.start: dict[str, Tensor] | None = None
 
     def adapt(self, model: Any) -> None:
@@ -135,6 +152,10 @@ class Method:
         assert self.start is not None, "keep_start has not been called"
         for name, p in self.params.items():
             p.data, self.start[name] = self.start[name], p.data
+
+    def resolved(self) -> dict[str, Any]:
+        """Settings of the method that were found out and not given."""
+        return {}
 
     def describe(self) -> str:
         """What the header says of the method beside its name and how much trains; nothing if empty."""

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from math import prod
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.display import short_number
+from tunesmith.display import short_bytes, short_number
 from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, LossFn, Method, Metrics, Shapes, matching
+from tunesmith.methods.budget import Budget, Fit
 from tunesmith.methods.optim import STATE_BYTES_PER_ELEMENT, Optimizer, build_optimizer
 from tunesmith.methods.partition import Piece, Span, cut, cut_within
 from tunesmith.methods.shelf import Shelf
+from tunesmith.methods.stream import WeightStream
 from tunesmith.methods.turns import Turns
-from tunesmith.models.load import blocks, head_kind, value_head
+from tunesmith.models.load import blocks, head_kind, is_multimodal, value_head
 from tunesmith.models.slices import host_modules, train_rows
 from tunesmith.types import Batch, Memory
 
@@ -71,6 +75,16 @@ class Chunk(Method):
         if getattr(model, "is_quantized", False) or not all(p.is_floating_point() for p in model.parameters()):
             raise UserError("method: a quantized model cannot be trained in full: use method: lora")
         model.requires_grad_(False)
+        self.stream: WeightStream | None = None
+        if self.config.weights == "stream":
+            if is_multimodal(model.config):
+                raise UserError(
+                    "method.weights: only the language model's blocks can be streamed: leave weights at resident"
+                )
+            self.stream = WeightStream([block for _, block in blocks(model)], on_disk=self._waits_on_disk())
+
+    def _waits_on_disk(self) -> bool:
+        return self.config.offload == "disk" or (self.config.offload == "auto" and not torch.accelerator.is_available())
 
     def bind(self, model: nn.Module, engine: EngineLike) -> None:
         self.engine, self.model = engine, model
@@ -82,13 +96,13 @@ class Chunk(Method):
         self.pieces = {name: self._piece(name, p) for name, p in self.params.items() if id(p) not in always}
         if not self.pieces:
             raise UserError("method: nothing is left for chunks; train less of it always, or freeze less")
+        self.blocks = dict(blocks(model))
+        self.fit: Fit | None = None
         self.chunks = self._partition(list(self.pieces.values()))
         self.turns = self._make_turns(len(self.chunks))
         self.updates = 0
         device = next(iter(self.params.values())).device
-        on_disk = self.config.offload == "disk" or (self.config.offload == "auto" and device.type == "cpu")
-        self.shelf = Shelf(device, on_disk, self.config.state == "8bit")
-        self.blocks = dict(blocks(model))
+        self.shelf = Shelf(device, self._waits_on_disk(), self.config.state == "8bit")
         self.present: tuple[int, ...] = ()
         self.trainees: list[Trainee] = []
         self.constant = [self._begin(Span(n, 0, len(p))) for n, p in self.params.items() if id(p) in always]
@@ -113,31 +127,41 @@ class Chunk(Method):
             return _by_layers(pieces, [name for name, _ in blocks(self.model)])
         if self.config.chunk_bytes is not None:
             return cut_within(pieces, self.config.chunk_bytes, "method.chunk_bytes")
+        if self.config.memory is not None:
+            always = sum(
+                self._bytes_per_element(name, p.element_size()) * p.numel()
+                for name, p in self.params.items()
+                if name not in self.pieces
+            )
+            budget = Budget(self.config.memory, self.model, self.engine, self.extent, always)
+            self.fit = budget.fit(pieces, self.config.num_chunks)
+            return self.fit.chunks
         return cut(pieces, self.config.num_chunks or DEFAULT_CHUNKS)
 
     def _make_turns(self, num_chunks: int) -> Turns:
-        config = self.config
+        config, steps = self.config, self.extent.steps
         if config.num_active > num_chunks:
             raise UserError(f"method.num_active: {config.num_active}, but there are {num_chunks} chunks")
         if isinstance(config.order, tuple) and (not config.order or max(config.order) >= num_chunks):
             raise UserError(
                 f"method.order: name chunks by numbers from 0 to {num_chunks - 1}; got {list(config.order)}"
             )
-        turns = Turns(num_chunks, config.num_active, config.order, 1, self.seed)
-        if turns.per_cycle > self.steps:
+        shortest = Turns(num_chunks, config.num_active, config.order, 1, self.extent.seed)
+        if shortest.per_cycle > steps:
             raise UserError(
-                f"method: {num_chunks} chunks need {turns.per_cycle} updates for a turn each, but the run has {self.steps}: "
+                f"method: {num_chunks} chunks need {shortest.per_cycle} updates for a turn each, but the run has {steps}: "
                 "raise train.steps or train.epochs, or make fewer chunks (method.num_chunks, memory or chunk_bytes)"
             )
-        updates = config.updates_per_chunk or max(1, min(LONGEST_TURN, self.steps // turns.per_cycle))
-        if updates * turns.per_cycle > self.steps:
-            reached = len(Turns(num_chunks, config.num_active, config.order, updates, self.seed).seen(self.steps))
+        enough = steps // shortest.per_cycle
+        turns = replace(shortest, updates_per_chunk=config.updates_per_chunk or min(LONGEST_TURN, enough))
+        if turns.updates_per_chunk > enough:
             warnings.warn(
-                f"method.updates_per_chunk: with {updates} updates each, {num_chunks - reached} of {num_chunks} chunks will "
-                f"not have trained when the run ends after {self.steps} steps; {self.steps // turns.per_cycle} would reach all",
+                f"method.updates_per_chunk: with {turns.updates_per_chunk} updates each, "
+                f"{num_chunks - len(turns.seen(steps))} of {num_chunks} chunks will not have trained when the run ends after "
+                f"{steps} steps; {enough} would reach all",
                 stacklevel=2,
             )
-        return Turns(num_chunks, config.num_active, config.order, updates, self.seed)
+        return turns
 
     def step(self, loss_fn: LossFn, micro_batches: Sequence[Batch], lr: float) -> Metrics:
         self._turn_to(self.turns.at(self.updates))
@@ -187,13 +211,21 @@ class Chunk(Method):
                 self.shelf.put(trainee.key, state)
         self.trainees = []  # the old state is free before the new one comes
         self.present = wanted
+        if self.stream is not None:
+            names = {span.name for chunk in wanted for span in self.chunks[chunk]} | (
+                self.params.keys() - self.pieces.keys()
+            )
+            active = (n for n, block in enumerate(self.blocks) if any(name.startswith(block + ".") for name in names))
+            self.stream.hold(active, self.shelf.device)
+        if self.fit is not None:
+            self.engine.checkpoint_blocks(self.model, any(self.fit.checkpointing[chunk] for chunk in wanted))
         self.trainees = [self._begin(span) for chunk in wanted for span in self.chunks[chunk]]
 
     def _begin(self, span: Span) -> Trainee:
         p = self.params[span.name]
         if span.stop - span.start == (len(p) if p.ndim else 1):
-            leaf, stop = p, partial(_stand_still, p)
             p.requires_grad_(True)
+            leaf, stop = p, cast(Callable[[], None], partial(_stand_still, p))
         else:
             leaf, stop = train_rows(self.model, p, span.start, span.stop)
         master: Any = leaf
@@ -215,12 +247,15 @@ class Chunk(Method):
         )
         return seen / sum(prod(piece.shape) for piece in self.pieces.values())
 
+    def resolved(self) -> dict[str, Any]:
+        return {} if self.fit is None else {"num_chunks": len(self.chunks)}
+
     def describe(self) -> str:
         largest = max(sum(_elements(span, self.pieces) for span in chunk) for chunk in self.chunks)
         return (
             f"{len(self.chunks)} chunks of up to {short_number(largest)} parameters, {self.turns.num_active} at a time for "
             f"{self.turns.updates_per_chunk} updates, all after {self.turns.updates_per_chunk * self.turns.per_cycle}"
-        )
+        ) + (f"; {short_bytes(self.fit.peak_bytes)} expected at the peak" if self.fit else "")
 
     def memory(self, shapes: Shapes) -> Memory:
         by_bytes = sorted(
@@ -241,12 +276,30 @@ class Chunk(Method):
         gradients = sum(gradient for gradient, _ in by_bytes)
         return Memory(gradients, round(sum(total for _, total in by_bytes)) - gradients)
 
+    def _readable(self) -> AbstractContextManager[None]:
+        """Inside, all weights can be read and loaded."""
+        return nullcontext() if self.stream is None else self.stream.aside()
+
+    def save(self, folder: Path) -> None:
+        with self._readable():
+            super().save(folder)
+
+    def keep_start(self) -> None:
+        if self.stream is not None:
+            raise UserError(
+                "method.weights: stream keeps no second copy of the model, which this objective's reference needs: set "
+                "objective.reference to precompute, or name another model as objective.reference_model"
+            )
+        super().keep_start()
+
     def state_dict(self) -> dict[str, Any]:
         states = self.shelf.state_dict()
         for trainee in self.trainees + self.constant:
             states[trainee.key] = trainee.state()
+        with self._readable():
+            parameters = {name: p.detach() for name, p in self.params.items()}
         return {
-            "parameters": {name: p.detach() for name, p in self.params.items()},
+            "parameters": parameters,
             "updates": self.updates,
             "partition": self._signature(),
             "states": states,
@@ -258,7 +311,7 @@ class Chunk(Method):
                 "method: the checkpoint was made with other chunks, whose optimizer states do not fit these; put back what "
                 "method.num_chunks, chunk_bytes, memory, row_alignment, always and frozen were, or start a new run"
             )
-        with torch.no_grad():
+        with self._readable(), torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(saved["parameters"][name])
         for trainee in self.trainees + self.constant:

@@ -5,9 +5,10 @@ A chunk is a run of whole parameters with at most two that are cut, one at each 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 
 from tunesmith.errors import UserError
@@ -52,10 +53,9 @@ Chunk = tuple[Span, ...]
 
 def cut(pieces: Sequence[Piece], num_chunks: int) -> list[Chunk]:
     """Chunks of as equal bytes as aligned cuts allow. Raises UserError if there are not so many."""
-    total = sum(piece.bytes for piece in pieces)
-    borders = sorted(
-        {(0, 0), *(_border(pieces, total * k / num_chunks) for k in range(1, num_chunks)), (len(pieces), 0)}
-    )
+    ends = list(accumulate(piece.bytes for piece in pieces))
+    inner = (_border(pieces, ends, ends[-1] * k / num_chunks) for k in range(1, num_chunks))
+    borders = sorted({(0, 0), *inner, (len(pieces), 0)})
     if len(borders) != num_chunks + 1:
         raise UserError(
             f"method.num_chunks: the {len(pieces)} parameters give {len(borders) - 1} chunks at most when cut into "
@@ -105,16 +105,13 @@ def elements_of(chunk: Chunk, pieces: dict[str, Piece]) -> int:
     return sum((span.stop - span.start) * prod(pieces[span.name].shape[1:]) for span in chunk)
 
 
-def _border(pieces: Sequence[Piece], wanted: float) -> tuple[int, int]:
+def _border(pieces: Sequence[Piece], ends: Sequence[float], wanted: float) -> tuple[int, int]:
     """(parameter, row) of the cut nearest to so many bytes from the start; row 0 where it falls between two parameters."""
-    before = 0.0
-    for index, piece in enumerate(pieces):
-        if wanted < before + piece.bytes:
-            align = piece.align if 0 < piece.align < piece.rows else piece.rows
-            row = min(piece.rows, round((wanted - before) / piece.row_bytes / align) * align)
-            return (index + 1, 0) if row == piece.rows else (index, row)
-        before += piece.bytes
-    return len(pieces), 0
+    index = bisect_right(ends, wanted)
+    piece = pieces[index]
+    align = piece.align if 0 < piece.align < piece.rows else piece.rows
+    row = min(piece.rows, round((wanted - ends[index] + piece.bytes) / piece.row_bytes / align) * align)
+    return (index + 1, 0) if row == piece.rows else (index, row)
 
 
 def _one_by_one(pieces: Sequence[Piece], chunk_bytes: float) -> list[Chunk]:

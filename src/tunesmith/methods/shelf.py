@@ -21,7 +21,7 @@ class Shelf:
 
     def __init__(self, device: torch.device, on_disk: bool, eight_bit: bool) -> None:
         self.device, self.eight_bit = device, eight_bit
-        self.file = _File() if on_disk else None
+        self.file = TensorFile() if on_disk else None
         self.kept: dict[str, State] = {}
         self.ahead: dict[str, tuple[State, torch.cuda.Event]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -96,7 +96,7 @@ class Shelf:
             done.synchronize()
 
 
-class _File:
+class TensorFile:
     """A temporary file of tensors, each at a place of its own. What is returned is mapped: it costs no memory to hold."""
 
     def __init__(self) -> None:

@@ -1,0 +1,99 @@
+"""Chunks that keep a run within a memory budget, and which of them need activation checkpointing for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.errors import UserError
+from tunesmith.methods.base import EngineLike, Extent
+from tunesmith.methods.partition import Chunk, Piece, bytes_of, cut, elements_of
+from tunesmith.models.load import blocks, is_multimodal
+from tunesmith.plan.activations import Activations
+
+MARGIN = 0.03
+"""Share of the budget that is left to what cannot be counted: the allocator's gaps, libraries' own buffers."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Chunks within a budget."""
+
+    chunks: list[Chunk]
+    checkpointing: list[bool]
+    """For each chunk whether blocks are computed again in the backward pass."""
+    peak_bytes: int
+    """What the run is expected to take, of all chunks the most."""
+
+
+class Budget:
+    """What a run may take, and what it takes without chunks."""
+
+    def __init__(self, limit: int, model: Any, engine: EngineLike, extent: Extent, always_bytes: float) -> None:
+        if is_multimodal(model.config):
+            raise UserError(
+                "method.memory: what images, audio and video take is not foreseen; give method.chunk_bytes or num_chunks"
+            )
+        self.limit, self.extent = limit, extent
+        engine.economize()
+        self.held = engine.held_bytes() + always_bytes
+        self.activations: Activations = engine.activations(model, extent.rows, extent.tokens)
+        self.held = max(self.held, engine.held_bytes() + always_bytes)
+        self.blocks = [name for name, _ in blocks(model)]
+        self.order = [name for name, _ in model.named_parameters()]
+        output = model.get_output_embeddings()
+        self.head = [name for name, p in model.named_parameters() if output is not None and p is output.weight]
+
+    def fit(self, pieces: Sequence[Piece], num_chunks: int | None) -> Fit:
+        """As few chunks as fit, or so many. Raises UserError that says what would fit."""
+        by_name = {piece.name: piece for piece in pieces}
+        total = sum(piece.bytes for piece in pieces)
+        room = self.limit * (1 - MARGIN) - self.held - self.activations.peak(len(self.blocks), range(0), True)
+        number = num_chunks or max(1, min(len(pieces), int(total // room)) if room > 0 else len(pieces))
+        smallest = None
+        while True:
+            try:
+                chunks = cut(pieces, number)
+            except UserError:
+                if smallest is None:
+                    raise
+                raise UserError(self._too_little(smallest)) from None
+            plain, again = ([self._peak(chunk, by_name, on) for chunk in chunks] for on in (False, True))
+            best = max(map(min, plain, again))
+            smallest = best if smallest is None else min(best, smallest)
+            if best <= self.limit * (1 - MARGIN):
+                checkpointing = [peak > self.limit * (1 - MARGIN) for peak in plain]
+                taken = [b if on else a for a, b, on in zip(plain, again, checkpointing, strict=True)]
+                return Fit(chunks, checkpointing, round(max(taken)))
+            if num_chunks is not None:
+                raise UserError(self._too_little(smallest))
+            number += max(1, number // 8)
+
+    def _peak(self, chunk: Chunk, pieces: dict[str, Piece], checkpointing: bool) -> float:
+        places = [self._block(span.name) for span in chunk]
+        training = range(max(0, min(places)), max(places) + 1)
+        # the head's gradient is summed over pieces of the batch, beside the piece's own, both in fp32
+        sums = 8 * elements_of(tuple(span for span in chunk if span.name in self.head), pieces)
+        passes = self.activations.peak(min(places), training, checkpointing)
+        return self.held + bytes_of(chunk, pieces) + sums + passes
+
+    def _block(self, name: str) -> int:
+        """Number of the block that a parameter belongs to; -1 before the first, and behind the last one more."""
+        for number, block in enumerate(self.blocks):
+            if name.startswith(block + "."):
+                return number
+        first = next(n for n, other in enumerate(self.order) if other.startswith(self.blocks[0] + "."))
+        return -1 if self.order.index(name) < first else len(self.blocks)
+
+    def _too_little(self, needed: float) -> str:
+        def mib(number: float) -> str:
+            return f"{number / 2**20:.0f} MiB"
+
+        passes = self.activations.peak(0, range(0), True)
+        return (
+            f"method.memory: {mib(self.limit)} are too little: weights and what else is held take {mib(self.held)}, and "
+            f"activations of {self.extent.rows} × {self.extent.tokens} tokens {mib(passes)}, computed again; with the smallest "
+            f"chunk {mib(needed / (1 - MARGIN) + 2**20)} would do. Give that, or lower train.micro_batch_tokens and "
+            "data.max_tokens"
+        )
