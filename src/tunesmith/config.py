@@ -260,8 +260,10 @@ class RunConfig(Section):
         if self.method.name == "chunk" and self.optimizer.name in ("adafactor", "muon"):
             raise ValueError(
                 f"optimizer: {self.optimizer.name} looks at whole matrices, of which chunk trains a part at a time; use adamw, "
-                "adamw8bit, lion or sgd"
+                "lion or sgd"
             )
+        if self.method.name == "chunk" and self.optimizer.name == "adamw8bit":
+            raise ValueError("optimizer: chunk keeps 8-bit states itself: use adamw, and set method.state to 8bit")
         if self.data.stream and not self.train.steps:
             raise ValueError("data.stream: nobody knows how long an epoch of a stream is: set train.steps")
         for setting in ("reference", "scores"):

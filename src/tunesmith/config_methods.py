@@ -102,12 +102,12 @@ class ChunkConfig(Section):
     """bytes: chunks of equal size, cut inside weights where it falls so; layers: a chunk is a transformer block, or what lies
     before, between or behind them (embeddings, head), as in BAdam, HiFT and LISA."""
     num_active: PositiveInt = 1
-    """Chunks that train together."""
+    """Chunks that train together, under layout layers."""
     order: Literal["random", "sampled", "ascending", "descending"] | tuple[Count, ...] = "random"
     """random: each cycle visits all chunks, shuffled; sampled: drawn anew each time (LISA); ascending: from the embeddings up;
     descending; or the numbers of chunks, to be repeated."""
     updates_per_chunk: PositiveInt | None = None
-    """Updates before the next chunk's turn. Default: a cycle takes all steps, or an epoch, but 100 at most (BAdam's rule)."""
+    """Updates before the next chunk's turn. Default: so many that the run has eight cycles, at least 1 and at most 100."""
     state: Literal["keep", "reset", "8bit"] = "keep"
     """Optimizer state of a chunk that waits: kept; forgotten (BAdam), which costs nothing; kept in 8 bits a number."""
     offload: Literal["auto", "host", "disk"] = "auto"

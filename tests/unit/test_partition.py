@@ -79,7 +79,6 @@ def test_chunks_within_a_budget_hold_every_row_once_and_keep_to_it(pieces: list[
         assert len(chunks) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="filling chunks up from the start would make four of them")
 def test_chunks_within_a_budget_are_as_few_as_can_be() -> None:
     rows = [2, 1, 1, 3]
     pieces = [Piece(f"p{n}", (number, 1), 1.0, 2) for n, number in enumerate(rows)]

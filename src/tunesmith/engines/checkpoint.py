@@ -64,7 +64,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> tuple[int, dict[st
         if problem is None:
             for spoilt in damaged:  # else it would count among the newest that are kept
                 _remove(spoilt)
-            return step, torch.load(path / STATE, map_location="cpu", weights_only=True)
+            return step, torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
         damaged.append(path)
         warn(f"{path}: damaged ({problem}); falling back to the checkpoint before it")
     if damaged:

@@ -46,9 +46,9 @@ class SingleEngine:
         return model
 
     def _move(self, model: Any) -> None:
-        """To the device; weights on no device (meta) are those that a method brings itself."""
+        """To the device; weights without storage are those that a method brings itself."""
         for p in model.parameters():
-            if p.device.type != "meta":
+            if p.untyped_storage().nbytes() or not p.numel():
                 p.data = p.data.to(self.device)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):

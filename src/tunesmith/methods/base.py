@@ -47,6 +47,8 @@ class Extent:
 class EngineLike(Protocol):
     """What a method asks of an engine."""
 
+    world: int
+
     def sum(self, x: Tensor) -> Tensor: ...
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
     def reduce(self, grads: Mapping[str, Tensor]) -> None: ...
@@ -97,7 +99,11 @@ class Method:
         Raises NonFiniteError, before anything is changed, when the loss or a gradient is not finite.
         """
         metrics = self.gradient(loss_fn, micro_batches)
-        grads = {name: p.grad for name, p in self.active().items() if p.grad is not None}
+        active = self.active()
+        if self.engine.world > 1:  # all ranks reduce the same tensors, also where one has no token for an expert
+            for p in active.values():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = {name: p.grad for name, p in active.items() if p.grad is not None}
         self.engine.reduce(grads)
         metrics["grad_norm"] = norm = self.engine.norm(grads)
         for what in ("loss", "grad_norm"):

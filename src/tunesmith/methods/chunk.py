@@ -29,8 +29,9 @@ from tunesmith.models.slices import host_modules, train_rows
 from tunesmith.types import Batch, Memory
 
 DEFAULT_CHUNKS = 16
-LONGEST_TURN = 100
-"""Updates of a chunk in a row, where none are asked for: BAdam's upper bound."""
+LONGEST_TURN, CYCLES = 100, 8
+"""Where no updates_per_chunk is given: at most so many (BAdam's upper bound), and so few that there are some cycles, in which
+each chunk meets high and low learning rates."""
 
 
 @dataclass
@@ -97,6 +98,7 @@ class Chunk(Method):
         if not self.pieces:
             raise UserError("method: nothing is left for chunks; train less of it always, or freeze less")
         self.blocks = dict(blocks(model))
+        self.compiled = {name: block._compiled_call_impl for name, block in self.blocks.items()}  # None where it is not
         self.fit: Fit | None = None
         self.chunks = self._partition(list(self.pieces.values()))
         self.turns = self._make_turns(len(self.chunks))
@@ -105,12 +107,13 @@ class Chunk(Method):
         self.shelf = Shelf(device, self._waits_on_disk(), self.config.state == "8bit")
         self.present: tuple[int, ...] = ()
         self.trainees: list[Trainee] = []
-        self.constant = [self._begin(Span(n, 0, len(p))) for n, p in self.params.items() if id(p) in always]
+        self.constant = [self._begin(Span(n, 0, _rows(p))) for n, p in self.params.items() if id(p) in always]
         self._turn_to(self.turns.at(0))
 
     def _piece(self, name: str, p: nn.Parameter) -> Piece:
-        can_cut = p.ndim >= 2 and bool(host_modules(self.model, p))
-        align = 0 if not can_cut else 1 if p.ndim > 2 else self.config.row_alignment
+        is_matrices = p.ndim == 3 and min(p.shape) > 1  # of experts; a convolution along time has a dimension of 1
+        can_cut = (p.ndim == 2 or is_matrices) and bool(host_modules(self.model, p))
+        align = 0 if not can_cut else 1 if is_matrices else self.config.row_alignment
         return Piece(name, tuple(p.shape), self._bytes_per_element(name, p.element_size()) * prod(p.shape[1:]), align)
 
     def _bytes_per_element(self, name: str, size: int) -> float:
@@ -153,7 +156,9 @@ class Chunk(Method):
                 "raise train.steps or train.epochs, or make fewer chunks (method.num_chunks, memory or chunk_bytes)"
             )
         enough = steps // shortest.per_cycle
-        turns = replace(shortest, updates_per_chunk=config.updates_per_chunk or min(LONGEST_TURN, enough))
+        turns = replace(
+            shortest, updates_per_chunk=config.updates_per_chunk or max(1, min(LONGEST_TURN, enough // CYCLES))
+        )
         if turns.updates_per_chunk > enough:
             warnings.warn(
                 f"method.updates_per_chunk: with {turns.updates_per_chunk} updates each, "
@@ -220,10 +225,21 @@ class Chunk(Method):
         if self.fit is not None:
             self.engine.checkpoint_blocks(self.model, any(self.fit.checkpointing[chunk] for chunk in wanted))
         self.trainees = [self._begin(span) for chunk in wanted for span in self.chunks[chunk]]
+        self._choose_compiled()
+
+    def _choose_compiled(self) -> None:
+        """Blocks that train in part run uncompiled: else each border of a chunk would be compiled anew."""
+        whole = {id(trainee.leaf) for trainee in self.trainees + self.constant}
+        names = {trainee.span.name for trainee in self.trainees + self.constant}
+        for name, block in self.blocks.items():
+            if self.compiled[name] is not None:
+                trained = [id(p) in whole for own, p in block.named_parameters()]
+                in_part = any(f"{name}.{own}" in names for own, _ in block.named_parameters()) and not all(trained)
+                block._compiled_call_impl = None if in_part else self.compiled[name]
 
     def _begin(self, span: Span) -> Trainee:
         p = self.params[span.name]
-        if span.stop - span.start == (len(p) if p.ndim else 1):
+        if span.stop - span.start == _rows(p):
             p.requires_grad_(True)
             leaf, stop = p, cast(Callable[[], None], partial(_stand_still, p))
         else:
@@ -332,6 +348,10 @@ def stochastic_bf16(x: Tensor) -> Tensor:
     """fp32 rounded to one of the two nearest bf16 numbers at random, in proportion to how near: right on average."""
     noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device)
     return (x.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+def _rows(p: Tensor) -> int:
+    return len(p) if p.ndim else 1
 
 
 def _stand_still(p: nn.Parameter) -> None:

@@ -84,15 +84,12 @@ def cut_within(pieces: Sequence[Piece], chunk_bytes: float, setting: str) -> lis
             "reset and the optimizer to one with less state (lion, sgd)"
         )
     by_name = {piece.name: piece for piece in pieces}
-    num_chunks = max(1, int(-(-sum(piece.bytes for piece in pieces) // chunk_bytes)))
-    while True:  # ends where each smallest part is a chunk of its own
-        try:
-            chunks = cut(pieces, num_chunks)
-        except UserError:
-            return _one_by_one(pieces, chunk_bytes)
-        if max(bytes_of(chunk, by_name) for chunk in chunks) <= chunk_bytes:
-            return chunks
-        num_chunks += 1
+    filled = _filled(pieces, chunk_bytes)
+    try:
+        equal = cut(pieces, len(filled))
+    except UserError:
+        return filled
+    return equal if max(bytes_of(chunk, by_name) for chunk in equal) <= chunk_bytes else filled
 
 
 def bytes_of(chunk: Chunk, pieces: dict[str, Piece]) -> float:
@@ -114,8 +111,8 @@ def _border(pieces: Sequence[Piece], ends: Sequence[float], wanted: float) -> tu
     return (index + 1, 0) if row == piece.rows else (index, row)
 
 
-def _one_by_one(pieces: Sequence[Piece], chunk_bytes: float) -> list[Chunk]:
-    """Chunks filled up from the start, where equal ones cannot be had."""
+def _filled(pieces: Sequence[Piece], chunk_bytes: float) -> list[Chunk]:
+    """Chunks filled up from the start: the fewest there can be, but the last may be small."""
     chunks: list[Chunk] = []
     spans: list[Span] = []
     left = chunk_bytes

@@ -37,9 +37,9 @@ class Shelf:
             self.kept[key] = {name: x.detach().clone() for name, x in packed.items()}
         else:
             self._settle(keep=1)
-            target = self.kept.get(key) or {
-                n: torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for n, x in packed.items()
-            }
+            target = self.kept.get(key, {})
+            if target.keys() != packed.keys():  # a loaded state of the chunk that was training is not packed
+                target = {n: torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for n, x in packed.items()}
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 for name, x in packed.items():

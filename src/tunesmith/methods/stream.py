@@ -45,7 +45,8 @@ class WeightStream:
                 aside[p] = self.file.keep(f"{id(p)} {name}", p.data)
             else:
                 aside[p] = p.data.pin_memory() if torch.cuda.is_available() else p.data.clone()
-            p.data = torch.empty_like(p.data, device="meta")
+            p.data = torch.empty_like(p.data)
+            p.untyped_storage().resize_(0)
         return aside
 
     def _before_forward(self, number: int, given: Any) -> None:
@@ -83,7 +84,7 @@ class WeightStream:
             for p in self.waiting[old]:
                 p.untyped_storage().resize_(0)
         for p in self.waiting[number]:
-            if p.device.type == "meta":
+            if p.device != self.device:
                 p.data = torch.empty_like(p.data, device=self.device)
             p.untyped_storage().resize_(p.numel() * p.element_size())
         arrived = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from tunesmith.models.load import blocks
@@ -63,8 +64,9 @@ def train_rows(model: Any, weight: nn.Parameter, start: int, stop: int) -> tuple
     part = Slice(leaf, start, stop)
     weight.trained_slice = part  # type: ignore[attr-defined]
     handles: list[RemovableHandle] = []
+    watched: list[_Uses] = []
     for host in host_modules(model, weight):
-        uses = _Uses(weight, part)
+        watched.append(uses := _Uses(weight, part))
         handles.append(host.register_forward_pre_hook(lambda *_, uses=uses: uses.enter()))
         handles.append(host.register_forward_hook(lambda *_, uses=uses: uses.leave(), always_call=True))
 
@@ -72,6 +74,8 @@ def train_rows(model: Any, weight: nn.Parameter, start: int, stop: int) -> tuple
         del weight.trained_slice  # type: ignore[attr-defined]
         for handle in handles:
             handle.remove()
+        for uses in watched:
+            uses.end()
 
     return leaf, undo
 
@@ -81,12 +85,18 @@ def tap_linear(output: Tensor, x: Tensor, part: Slice) -> Tensor:
     return _LinearTap.apply(output, x, part.leaf, part)
 
 
+def _same(ctx: Any, output: Tensor) -> Tensor:
+    """The output itself with a new place in the graph: a view could not be changed in place by what comes after."""
+    ctx.mark_dirty(output)
+    return output
+
+
 class _LinearTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, leaf: Tensor, part: Slice) -> Tensor:
         ctx.part = part
         ctx.save_for_backward(x)
-        return output.view_as(output)
+        return _same(ctx, output)
 
     @staticmethod
     @once_differentiable
@@ -104,7 +114,7 @@ class _TransposedTap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, leaf: Tensor, part: Slice) -> Tensor:
         ctx.part = part
         ctx.save_for_backward(x[..., part.start : part.stop].contiguous())
-        return output.view_as(output)
+        return _same(ctx, output)
 
     @staticmethod
     @once_differentiable
@@ -121,12 +131,14 @@ class _LookupTap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, index: Tensor, leaf: Tensor, part: Slice, padding: int | None) -> Tensor:
         ctx.part, ctx.padding = part, padding
         ctx.save_for_backward(index)
-        return output.view_as(output)
+        return _same(ctx, output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (index,), part = ctx.saved_tensors, ctx.part
+        if not index.numel():
+            return grad, None, torch.zeros_like(part.leaf), None, None
         n = part.stop - part.start
         outside = (index < part.start) | (index >= part.stop)
         if ctx.padding is not None:
@@ -149,7 +161,7 @@ class _GroupedTap(torch.autograd.Function):
         ctx.ends = [end - first for end in ends[part.start : part.stop].tolist()]
         ctx.rows = slice(first, first + ctx.ends[-1])
         ctx.save_for_backward(x[ctx.rows])
-        return output.view_as(output)
+        return _same(ctx, output)
 
     @staticmethod
     @once_differentiable
@@ -194,6 +206,11 @@ class _Uses:
     def leave(self) -> None:
         self._modes.pop().__exit__(None, None, None)
 
+    def end(self) -> None:
+        """Leave what Ctrl-C has left entered: torch runs no hooks then."""
+        while self._modes:
+            self.leave()
+
 
 class _Watch(TorchFunctionMode):
     def __init__(self, weight: nn.Parameter, part: Slice) -> None:
@@ -204,19 +221,19 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = (*args, *kwargs.values())
-        if not torch.is_grad_enabled() or not any(self._is_ours(x) for x in given):
+        uses = sum(self._is_ours(x) for x in tree_leaves((args, kwargs)))
+        if not uses or not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        if function is torch.Tensor.transpose and args == (self.weight, -2, -1) and not kwargs:
+        if function is torch.Tensor.transpose and args[0] is self.weight and args[1:] == (-2, -1):
             self.transposed = function(*args)
             return self.transposed
-        if (tap := TAPS.get(function)) and (tapped := tap(self, *args, **kwargs)) is not None:
+        tap = TAPS.get(function) if uses == 1 else None
+        if tap is not None and (tapped := tap(self, *args, **kwargs)) is not None:
             return tapped
         whole = _Widen.apply(self.part.leaf, self.weight, self.part)
-        result = function(
-            *[self._instead(x, whole) for x in args], **{k: self._instead(x, whole) for k, x in kwargs.items()}
-        )
-        if isinstance(result, Tensor) and result.requires_grad:
+        args, kwargs = tree_map(lambda x: self._instead(x, whole), (args, kwargs))
+        result = function(*args, **kwargs)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(result)):
             warnings.warn(
                 f"chunk: a weight {tuple(self.weight.shape)} is used by {getattr(function, '__name__', function)}, for which "
                 "there is no gradient of a part: it is computed whole and cut, which costs the memory of one such weight",
@@ -232,39 +249,46 @@ class _Watch(TorchFunctionMode):
             return whole
         return whole.transpose(-2, -1) if self._is_ours(x) else x
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    # arguments are named as torch names them: models may pass them by name
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if weight is not self.weight or weight.ndim != 2:
             return None
-        return tap_linear(nn.functional.linear(x, weight, bias), x, self.part)
+        return tap_linear(nn.functional.linear(input, weight, bias), input, self.part)
 
-    def addmm(self, bias: Tensor, x: Tensor, weight: Tensor, **scales: Any) -> Tensor | None:
-        if weight is not self.weight or scales:
+    def addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:
+        if mat2 is not self.weight or scales:
             return None
-        return _TransposedTap.apply(torch.addmm(bias, x, weight), x, self.part.leaf, self.part)
+        return _TransposedTap.apply(torch.addmm(input, mat1, mat2), mat1, self.part.leaf, self.part)
 
-    def embedding(self, index: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **more: Any) -> Any:
+    def embedding(self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **more: Any) -> Any:
         if weight is not self.weight or rest or any(value for name, value in more.items() if name != "norm_type"):
             return None
         if padding_idx is not None and padding_idx < 0:
             padding_idx += len(weight)
-        output = nn.functional.embedding(index, weight, padding_idx)
-        return _LookupTap.apply(output, index, self.part.leaf, self.part, padding_idx)
+        output = nn.functional.embedding(input, weight, padding_idx)
+        return _LookupTap.apply(output, input, self.part.leaf, self.part, padding_idx)
 
     def lookup(self, weight: Tensor, index: Any) -> Tensor | None:
         if weight is not self.weight:
             return None
-        if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point()):
+        is_number = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
+        if (isinstance(index, int) and not isinstance(index, bool)) or (is_number and index.ndim == 0):
             row, part = int(index), self.part
+            row += len(weight) if row < 0 else 0
             return part.leaf[row - part.start] if part.start <= row < part.stop else weight[row]
-        if isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64):
-            return _LookupTap.apply(weight[index], index, self.part.leaf, self.part, None)
+        if is_number:
+            rows = torch.where(index < 0, index + len(weight), index)
+            return _LookupTap.apply(weight[rows], rows, self.part.leaf, self.part, None)
         return None
 
-    def grouped(self, x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **more: Any) -> Tensor | None:
-        if offs is None or x.ndim != 2 or any(value is not None for value in more.values()):
+    def grouped(
+        self, input: Tensor, mat2: Tensor, offs: Tensor | None = None, *rest: Any, **more: Any
+    ) -> Tensor | None:
+        if offs is None or input.ndim != 2 or any(value is not None for value in (*rest, *more.values())):
             return None
-        output = torch.nn.functional.grouped_mm(x, weight, offs=offs)
-        return _GroupedTap.apply(output, x, offs, self.part.leaf, self.part, weight is not self.weight)
+        output = torch._grouped_mm(input, mat2, offs=offs)
+        return _GroupedTap.apply(output, input, offs, self.part.leaf, self.part, mat2 is not self.weight)
 
 
 TAPS: dict[Any, Callable[..., Tensor | None]] = {
@@ -272,6 +296,6 @@ TAPS: dict[Any, Callable[..., Tensor | None]] = {
     nn.functional.embedding: _Watch.embedding,
     torch.addmm: _Watch.addmm,
     torch.Tensor.__getitem__: _Watch.lookup,
-    nn.functional.grouped_mm: _Watch.grouped,
+    torch._grouped_mm: _Watch.grouped,  # what nn.functional.grouped_mm calls, which modes do not see
 }
 """What models do with weights, and how a part's gradient is had there; a tap that returns None does not know this use."""

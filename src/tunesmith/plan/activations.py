@@ -81,13 +81,15 @@ def measure(model: Any, head: Head, rows: int, tokens: int) -> Activations:
         asked = False
 
     handles = [block.register_forward_pre_hook(run_again, with_kwargs=True) for _, block in blocks(model)]
-    trained = {p: p.requires_grad for p in model.parameters()}
+    trained, was_training = {p: p.requires_grad for p in model.parameters()}, model.training
+    model.train()  # dropout keeps its masks
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             hidden = decoder_of(model)(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)
     finally:
         for handle in handles:
             handle.remove()
+        model.train(was_training)
         for p, own in trained.items():
             p.requires_grad_(own)
     return Activations(tuple(found), _measure_head(hidden, head, input_ids.flatten()))
