@@ -1,6 +1,7 @@
 """Full fine-tuning of 7B to 32B shapes on one GPU, with random weights: peak of the allocator and seconds of a step.
 
-    python benchmarks/chunk/gpu.py [--cases llama2-7b llama3-8b qwen-32b] [--steps 8]
+    python benchmarks/chunk/gpu.py [--cases llama2-7b llama3-8b qwen-32b] [--steps 12]
+    python benchmarks/chunk/gpu.py --foresee    # no GPU: one block of each shape is measured on the CPU, the rest is arithmetic
 
 - llama2-7b, 1 × 1024 tokens, bf16: chunk in 13.2 GiB, and full fine-tuning with activation checkpointing (bf16 throughout).
 - llama3-8b, the same within 16 GiB, and full fine-tuning with checkpointing.
@@ -23,10 +24,12 @@ import torch
 from common import median
 
 from tunesmith.config import AdamWConfig, ChunkConfig, FullConfig, SftConfig, SingleConfig
-from tunesmith.engines import build_engine
+from tunesmith.engines import SingleEngine, build_engine
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS, Extent
+from tunesmith.methods.budget import Budget
 from tunesmith.objectives import build_objective
+from tunesmith.plan.activations import Activations
 from tunesmith.types import Batch
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -47,11 +50,13 @@ CHUNK: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(shape: str, device: str) -> Any:
+def make_model(shape: str, device: str, **settings: Any) -> Any:
     """The shape with small random weights in bf16. Each matrix is filled on the device where the model will be."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=False, rope_theta=500000.0)
+    config = LlamaConfig(
+        **{**SHAPES[shape], **settings}, max_position_embeddings=4096, tie_word_embeddings=False, rope_theta=500000.0
+    )
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -107,13 +112,60 @@ def measure(shape: str, method: str, args: argparse.Namespace) -> None:
     )
 
 
+class _Foreseen(SingleEngine):
+    """Says what the whole model would take, from one of its blocks."""
+
+    def __init__(self, shape: str) -> None:
+        super().__init__(SingleConfig(device="cpu"), "bf16")
+        self.shape = shape
+
+    def economize(self) -> None:
+        pass
+
+    def held_bytes(self) -> int:
+        return sum(2 * p.numel() for p in self.whole.parameters())
+
+    def activations(self, model: Any, rows: int, tokens: int) -> Activations:
+        one = make_model(self.shape, "cpu", num_hidden_layers=1).requires_grad_(False)
+        self.place(one)
+        found = super().activations(one, rows, tokens)
+        return Activations(found.blocks * SHAPES[self.shape]["num_hidden_layers"], found.head)
+
+
+def foresee(shape: str, tokens: int) -> None:
+    """Chunks and peak that a budget gives, without the model."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    engine = _Foreseen(shape)
+    with torch.device("meta"):
+        engine.whole = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape], tie_word_embeddings=False))
+    engine.whole.to(torch.bfloat16)
+    section = ChunkConfig(memory=CHUNK[shape]["memory"])
+    extent = Extent(steps=10**6, rows=1, tokens=tokens)
+    method: Any = METHODS["chunk"](section, AdamWConfig(lr=1e-6), 1.0, extent)
+    method.model = engine.whole
+    pieces = [method._piece(name, p) for name, p in engine.whole.named_parameters()]
+    fit = Budget(section.memory, engine.whole, engine, extent, 0).fit(pieces, None)
+    print(
+        f"{shape:10} weights {engine.held_bytes() / 2**30:.2f} GiB, budget {section.memory / 2**30:.2f} GiB · "
+        f"{len(fit.chunks)} chunks, {sum(fit.checkpointing)} of them checkpointed · {fit.peak_bytes / 2**30:.2f} GiB foreseen",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", nargs="+", choices=list(SHAPES), default=["llama2-7b", "llama3-8b", "qwen-32b"])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--foresee", action="store_true")
     args = parser.parse_args()
+    if args.foresee:
+        for shape in args.cases:
+            if "memory" in CHUNK[shape]:
+                foresee(shape, args.tokens)
+        return
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     print(f"{name} · torch {torch.__version__}")
     for shape in args.cases:

@@ -25,7 +25,7 @@ from tunesmith.run_folder import read_events
 SETTINGS: dict[str, dict[str, Any]] = {
     "freeze": {"last_blocks": 1},
     "lora": {"rank": 4},
-    "chunk": {"num_chunks": 3, "row_alignment": 8},
+    "chunk": {"num_chunks": 2, "row_alignment": 8},
 }
 """What a method cannot do without, or needs to learn something in a few steps of a tiny model."""
 

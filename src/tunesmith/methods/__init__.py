@@ -12,9 +12,9 @@ from tunesmith.methods.lora import Lora
 METHODS: dict[str, type[Method]] = {"full": Full, "freeze": Freeze, "lora": Lora, "chunk": Chunk}
 
 
-def build_method(config: RunConfig, extent: Extent) -> Method:
+def build_method(config: RunConfig, extent: Extent | None = None) -> Method:
     """The method that a run's configuration names, for a run of this extent."""
-    return METHODS[config.method.name](config.method, config.optimizer, config.train.max_grad_norm, extent)
+    return METHODS[config.method.name](config.method, config.optimizer, config.train.max_grad_norm, extent or Extent())
 
 
 __all__ = ["METHODS", "Extent", "Method", "NonFiniteError", "build_method"]

@@ -12,8 +12,9 @@ from tunesmith.methods.partition import Chunk, Piece, bytes_of, cut, elements_of
 from tunesmith.models.load import blocks, is_multimodal
 from tunesmith.plan.activations import Activations
 
-MARGIN = 0.03
-"""Share of the budget that is left to what cannot be counted: the allocator's gaps, libraries' own buffers."""
+MARGIN = {"cpu": 0.03}
+"""Share of the budget that is left to what cannot be counted, by kind of device: gaps of the C library's allocator, buffers of
+other libraries. An accelerator's own count of what torch allocates has neither."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Budget:
                 "method.memory: what images, audio and video take is not foreseen; give method.chunk_bytes or num_chunks"
             )
         self.limit, self.extent = limit, extent
+        self.usable = limit * (1 - MARGIN.get(model.device.type, 0.005))
         engine.economize()
         self.held = engine.held_bytes() + always_bytes
         self.activations: Activations = engine.activations(model, extent.rows, extent.tokens)
@@ -49,7 +51,7 @@ class Budget:
         """As few chunks as fit, or so many. Raises UserError that says what would fit."""
         by_name = {piece.name: piece for piece in pieces}
         total = sum(piece.bytes for piece in pieces)
-        room = self.limit * (1 - MARGIN) - self.held - self.activations.peak(len(self.blocks), range(0), True)
+        room = self.usable - self.held - self.activations.peak(len(self.blocks), range(0), True)
         number = num_chunks or max(1, min(len(pieces), int(total // room)) if room > 0 else len(pieces))
         smallest = None
         while True:
@@ -62,8 +64,8 @@ class Budget:
             plain, again = ([self._peak(chunk, by_name, on) for chunk in chunks] for on in (False, True))
             best = max(map(min, plain, again))
             smallest = best if smallest is None else min(best, smallest)
-            if best <= self.limit * (1 - MARGIN):
-                checkpointing = [peak > self.limit * (1 - MARGIN) for peak in plain]
+            if best <= self.usable:
+                checkpointing = [peak > self.usable for peak in plain]
                 taken = [b if on else a for a, b, on in zip(plain, again, checkpointing, strict=True)]
                 return Fit(chunks, checkpointing, round(max(taken)))
             if num_chunks is not None:
@@ -94,6 +96,6 @@ class Budget:
         return (
             f"method.memory: {mib(self.limit)} are too little: weights and what else is held take {mib(self.held)}, and "
             f"activations of {self.extent.rows} × {self.extent.tokens} tokens {mib(passes)}, computed again; with the smallest "
-            f"chunk {mib(needed / (1 - MARGIN) + 2**20)} would do. Give that, or lower train.micro_batch_tokens and "
-            "data.max_tokens"
+            f"chunk {mib(needed * self.limit / self.usable + 2**20)} would do. Give that, or lower train.micro_batch_tokens "
+            "and data.max_tokens"
         )
