@@ -264,6 +264,10 @@ class RunConfig(Section):
             )
         if self.method.name == "chunk" and self.optimizer.name == "adamw8bit":
             raise ValueError("optimizer: chunk keeps 8-bit states itself: use adamw, and set method.state to 8bit")
+        if self.engine.compile and getattr(self.method, "weights", "") == "stream":
+            raise ValueError(
+                "engine.compile: streamed weights come and go, which compiled blocks do not see: leave one out"
+            )
         if self.data.stream and not self.train.steps:
             raise ValueError("data.stream: nobody knows how long an epoch of a stream is: set train.steps")
         for setting in ("reference", "scores"):

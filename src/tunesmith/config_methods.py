@@ -130,11 +130,15 @@ class ChunkConfig(Section):
             raise ValueError(f"{' and '.join(given)} say the same twice: give one of them")
         if given and self.layout == "layers":
             raise ValueError(f"{given[0]}: layout layers makes a chunk of each block, whatever its size; leave it out")
-        if self.memory is not None and self.num_active > 1:
+        if self.num_active > 1 and self.layout == "bytes":
             raise ValueError(
-                "memory: chunks are made as large as it allows, so one trains at a time: leave num_active at 1"
+                "num_active: several blocks can train together, under layout layers; here make larger chunks"
             )
-        if self.state == "reset" and self.offload != "auto":
+        if self.num_active > 1 and isinstance(self.order, tuple):
+            raise ValueError("order: a list names one chunk for each turn: leave num_active at 1")
+        if self.memory is not None and self.weights == "stream":
+            raise ValueError("memory: what streamed weights take is not counted: give chunk_bytes or num_chunks")
+        if self.state == "reset" and self.offload != "auto" and self.weights == "resident":
             raise ValueError("offload: state reset leaves nothing to keep; leave it out, or set state to keep or 8bit")
         return self
 

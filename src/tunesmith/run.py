@@ -44,7 +44,7 @@ WIDEST_MASK = 8192
 """Tokens of the longest row in which prompts are shared: the attention mask has their square, 256 MiB in fp32."""
 
 MAY_CHANGE_ON_RESUME = (
-    "train.steps", "train.epochs", "train.micro_batch_tokens", "engine.", "checkpoint.", "evaluate.", "log."
+    "train.steps", "train.epochs", "train.micro_batch_tokens", "method.memory", "engine.", "checkpoint.", "evaluate.", "log."
 )  # fmt: skip
 
 
@@ -136,8 +136,10 @@ def _same_as_before(folder: RunFolder, config: RunConfig) -> RunConfig:
         config = _with(config, "model", precision=before.model.precision)
     if config.data.date is None:
         config = _with(config, "data", date=before.data.date)
-    if config.method.name == before.method.name == "chunk" and config.method.num_chunks is None:
-        config = _with(config, "method", num_chunks=before.method.num_chunks)
+    if config.method.name == before.method.name:
+        found_out = {name: getattr(before.method, name, None) for name in ("num_chunks", "updates_per_chunk")}
+        unsaid = {name: value for name, value in found_out.items() if value and getattr(config.method, name) is None}
+        config = _with(config, "method", **unsaid)
     before = before.model_copy(update={"output": config.output})
     refused = [line for line in differing_keys(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
     if refused:
@@ -217,8 +219,12 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
         and _may_share(config, model, pack, samples, held_out)
     )
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
-    tokens = min(config.data.max_tokens, max(int(part.lengths().max()) for part in (samples, held_out) if len(part)))
-    extent = Extent(data.steps, max(1, config.train.micro_batch_tokens // tokens), tokens, config.seed)
+    longest = max(int(part.lengths().max()) for part in (samples, held_out) if len(part))
+    tokens = config.data.max_tokens if pack or config.data.stream else min(config.data.max_tokens, longest)
+    group = max(part.group_size for part in samples.parts)  # whose rows never part
+    rows = max(group, config.train.micro_batch_tokens // tokens)
+    accumulates = group * config.train.batch_size > rows
+    extent = Extent(data.steps, rows, tokens, accumulates, config.seed)
     engine, method = build_engine(config.engine, precision), build_method(config, extent)
     learner = Learner(model, engine, method, config.train.micro_batch_tokens)
     config = _with(config, "method", **method.resolved())

@@ -26,8 +26,8 @@ from tunesmith.engines import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS, Extent, NonFiniteError
-from tunesmith.methods.chunk import stochastic_bf16
 from tunesmith.methods.partition import Span
+from tunesmith.methods.trainee import stochastic_bf16
 from tunesmith.models.load import blocks
 from tunesmith.objectives import build_objective
 from tunesmith.types import Batch
@@ -67,7 +67,7 @@ def row_batch(row: int) -> Batch:
 
 
 def active_spans(method: Any) -> list[Span]:
-    return [trainee.span for trainee in method.trainees + method.constant]
+    return [trainee.span for trainee in method.trainees]
 
 
 def elements(method: Any) -> int:
@@ -286,7 +286,7 @@ def test_state_reset_starts_anew() -> None:
     learner = chunked(make_model("llama"), num_chunks=2, order=(0, 1, 0), updates_per_chunk=1, state="reset")
     for step in range(3):
         learner.step(SFT, row_batch(step), lr=0.0)
-        assert states(learner).keys() == {trainee.key for trainee in learner.method.trainees}
+        assert states(learner).keys() == {trainee.span.key for trainee in learner.method.trainees}
     fresh = chunked(make_model("llama"), num_chunks=2, order=(0,), state="reset")
     fresh.step(SFT, row_batch(2), lr=0.0)
     assert equal_bits(states(learner), states(fresh))
@@ -301,7 +301,7 @@ def test_8_bit_state_is_close_to_the_kept_one_and_a_quarter_of_its_size() -> Non
             learner.step(SFT, row_batch(step), lr=1e-3)
         found[state] = torch.cat([p.flatten() for p in weights(learner).values()])
         if state == "8bit":
-            waiting = {key for key in states(learner) if key not in {t.key for t in learner.method.trainees}}
+            waiting = {key for key in states(learner) if key not in {t.span.key for t in learner.method.trainees}}
             packed = [states(learner)[key] for key in waiting]
             assert waiting
             assert all(
@@ -572,14 +572,18 @@ def test_frozen_and_always_take_a_tied_head_by_either_name() -> None:
         learner = chunked(make_model("qwen3"), num_chunks=2, frozen=(pattern,))
         assert "model.embed_tokens.weight" not in learner.method.params
         learner = chunked(make_model("qwen3"), num_chunks=2, always=(pattern,))
-        assert [trainee.span.name for trainee in learner.method.constant] == ["model.embed_tokens.weight"]
+        assert [trainee.span.name for trainee in learner.method.trainees if trainee.span in learner.method.always] == [
+            "model.embed_tokens.weight"
+        ]
 
 
 def test_a_scalar_parameter_can_train_always() -> None:
     model = make_model("llama")
     model.register_parameter("temperature", nn.Parameter(torch.tensor(1.0)))
     learner = chunked(model, num_chunks=2, always=("temperature",))
-    assert [trainee.span for trainee in learner.method.constant] == [Span("temperature", 0, 1)]
+    assert [trainee.span for trainee in learner.method.trainees if trainee.span in learner.method.always] == [
+        Span("temperature", 0, 1)
+    ]
 
 
 def test_a_scalar_parameter_trains_in_its_chunk() -> None:
@@ -702,7 +706,7 @@ def test_the_model_at_the_start_is_there_in_every_turn() -> None:
 def held_bytes(learner: Learner) -> tuple[int, int]:
     """(gradients, state and master copies) of what is active, after a step that kept its gradients."""
     method: Any = learner.method
-    state = [x for t in method.trainees + method.constant for x in t.state().values() if x.ndim]
+    state = [x for t in method.trainees for x in t.state().values() if x.ndim]
     return sum(leaf.numel() * leaf.element_size() for leaf in method.active().values()), sum(x.nbytes for x in state)
 
 
@@ -764,7 +768,7 @@ def test_settings_that_do_not_fit_the_model_or_the_run_are_refused() -> None:
 
 def test_chunks_that_would_not_get_a_turn_are_told() -> None:
     with pytest.warns(
-        UserWarning, match=r"with 3 updates each, 2 of 4 chunks will not have trained when the run ends after 5 "
+        UserWarning, match=r"with 3 updates a turn, 2 of 4 chunks will not have trained when the run ends after 5 "
     ):
         chunked(make_model("llama"), steps=5, num_chunks=4, updates_per_chunk=3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS, Extent
 from tunesmith.methods.budget import MARGIN
+from tunesmith.methods.shelf import TensorFile
 from tunesmith.methods.stream import WINDOW
 from tunesmith.models.head import Targets, score_targets
 from tunesmith.models.probe import find_head
 from tunesmith.plan.activations import Activations, BlockBytes, counting, measure
 from tunesmith.run import build, train
+from tunesmith.run_folder import read_events
 
 
 def deep_model(family: str = "llama", blocks: int = 6, **settings: Any) -> Any:
@@ -160,14 +163,16 @@ class Empty(SingleEngine):
         pass
 
 
-def budgeted(memory: int, state: str = "keep") -> Any:
+def budgeted(memory: int, always: tuple[str, ...] = (), checkpointing: bool = False) -> Any:
     method: Any = METHODS["chunk"](
-        ChunkConfig(memory=memory, row_alignment=8, state=state),
+        ChunkConfig(memory=memory, row_alignment=8, always=always),
         AdamWConfig(lr=1e-2),
         None,
         Extent(1000, rows=4, tokens=100),
     )
-    Learner(deep_model(), Empty(SingleConfig(device="cpu"), "fp32"), method, 400)
+    Learner(
+        deep_model(), Empty(SingleConfig(device="cpu", activation_checkpointing=checkpointing), "fp32"), method, 400
+    )
     return method
 
 
@@ -178,7 +183,7 @@ def test_chunks_are_as_large_as_the_budget_allows() -> None:
     assert sizes[0] > sizes[-1] == 1
     for memory, method in found.items():
         assert method.fit.peak_bytes <= memory * (1 - MARGIN["cpu"])
-        assert method.resolved() == {"num_chunks": len(method.chunks)}
+        assert method.resolved()["num_chunks"] == len(method.chunks)
     assert not any(found[40_000_000].fit.checkpointing)
 
 
@@ -242,3 +247,105 @@ def test_compiled_blocks_are_compiled_three_times_for_any_number_of_chunks(monke
         found[compiled] = [float(learner.step(SFT, row_batch(0), lr=1e-2)["loss"]) for _ in range(14)]
     assert found[True] == pytest.approx(found[False], rel=1e-5)
     assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+class Aside(nn.Module):
+    """A part of a model that no batch reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+
+def test_a_chunk_that_a_batch_does_not_reach_waits() -> None:
+    model = deep_model()
+    model.aside = Aside()
+    learner = chunked(model, num_chunks=5, updates_per_chunk=1, order="ascending", max_grad_norm=1.0)
+    learner.method.chunks[-1] = learner.method.chunks[-1][-1:]  # the part aside alone
+    metrics = [learner.step(SFT, row_batch(0), lr=1e-2) for _ in range(6)]
+    assert float(metrics[4]["grad_norm"]) == 0.0
+    assert float(metrics[5]["loss"]) < float(metrics[0]["loss"])
+
+
+def test_a_budget_counts_what_always_trains() -> None:
+    """With the embeddings, every chunk's backward pass goes all the way down."""
+    for always, lowest in (((), 0), (("model.embed_tokens*",), -1)):
+        method = budgeted(3_000_000, always)
+        budget, on = method.budget, method.fit.checkpointing[-1]
+        for spans in method.chunks:
+            places = {budget._block(span.name) for span in (*spans, *method.always)}
+            assert min(places) == -1 or not always
+            assert budget.held + budget.activations.peak(min(places), places, on) <= 3_000_000
+        top = {budget._block(span.name) for span in method.chunks[-1]}
+        assert budget._peak(method.chunks[-1], True) >= budget.activations.peak(
+            min(lowest or min(top), min(top)), top, True
+        )
+
+
+def test_checkpointing_that_is_asked_for_stays_under_a_budget() -> None:
+    method = budgeted(40_000_000, checkpointing=True)
+    assert method.model.is_gradient_checkpointing
+    assert method.fit.checkpointing == [True]
+    plain = budgeted(40_000_000)
+    assert method.budget.activations == plain.budget.activations
+    assert method.fit.peak_bytes < plain.fit.peak_bytes
+
+
+def test_a_frozen_copy_beyond_the_budget_is_refused() -> None:
+    method = budgeted(2_500_000)
+    with pytest.raises(UserError, match=r"method.memory: the frozen copy of the model .*reference to precompute"):
+        method.keep_start()
+    budgeted(40_000_000).keep_start()
+
+
+def test_more_steps_after_a_resume_keep_the_turns(make_config: Callable[..., RunConfig]) -> None:
+    def config(steps: int) -> RunConfig:
+        return make_config(method={"name": "chunk", "num_chunks": 2, "row_alignment": 8}, train={"steps": steps})
+
+    result = train(config(4))
+    assert train(config(80), resume=True).step == 80
+    chunks = [event["chunk"] for event in read_events(result.folder / "events.jsonl") if event["event"] == "step"]
+    assert len(chunks) == 80
+    turns = [len(list(run)) for _, run in groupby(chunks)]
+    assert max(turns) <= 2  # one update a turn, and two where a cycle begins with the chunk that ended the last one
+
+
+@pytest.mark.parametrize(
+    ("method", "sections", "said"),
+    [
+        ({"order": [0, 1], "num_active": 2, "layout": "layers"}, {}, "order: a list names one chunk for each turn"),
+        ({"num_active": 2, "num_chunks": 4}, {}, "num_active: several blocks can train together, under layout layers"),
+        ({"memory": "9GiB", "weights": "stream"}, {}, "memory: what streamed weights take is not counted"),
+        ({"weights": "stream"}, {"engine": {"compile": True}}, "engine.compile: streamed weights come and go"),
+        ({}, {"optimizer": "adamw8bit"}, "optimizer: chunk keeps 8-bit states itself"),
+        ({"state": "reset", "offload": "host"}, {}, "offload: state reset leaves nothing to keep"),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    make_config: Callable[..., RunConfig], method: dict[str, Any], sections: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        make_config(method={"name": "chunk", **method}, **sections)
+
+
+def test_streamed_weights_wait_where_they_are_told_also_without_states(make_config: Callable[..., RunConfig]) -> None:
+    make_config(method={"name": "chunk", "weights": "stream", "state": "reset", "offload": "host"})
+
+
+def test_chunks_that_an_order_leaves_out_are_told() -> None:
+    with pytest.warns(UserWarning, match="3 of 4 chunks will not have trained"):
+        chunked(deep_model(), num_chunks=4, order=(0,))
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = TensorFile()
+
+    class Full:
+        def seek(self, _: int) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file, "file", Full())
+    with pytest.raises(
+        UserError, match=r"what waits for its turn cannot be written: No space left on device; make room"
+    ):
+        file.keep("a", torch.ones(10))

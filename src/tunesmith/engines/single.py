@@ -93,7 +93,7 @@ class SingleEngine:
 
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Euclidean norm of all gradients together, over ranks."""
-        return torch.nn.utils.get_total_norm(list(grads.values()))
+        return torch.nn.utils.get_total_norm(list(grads.values())) if grads else torch.zeros((), device=self.device)
 
     def shard(self, batch: Batch) -> Batch:
         """This rank's part of a batch."""

@@ -41,6 +41,8 @@ class Extent:
     rows: int = 1
     tokens: int = 1
     """Of a row."""
+    accumulates: bool = False
+    """Whether an update takes several micro-batches."""
     seed: int = 0
 
 
@@ -102,14 +104,14 @@ class Method:
         active = self.active()
         if self.engine.world > 1:  # all ranks reduce the same tensors, also where one has no token for an expert
             for p in active.values():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
         grads = {name: p.grad for name, p in active.items() if p.grad is not None}
         self.engine.reduce(grads)
         metrics["grad_norm"] = norm = self.engine.norm(grads)
         for what in ("loss", "grad_norm"):
             if not torch.isfinite(metrics[what]):
                 raise NonFiniteError(f"{what} is {float(metrics[what])}")
-        if self.max_grad_norm is not None:
+        if self.max_grad_norm is not None and grads:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(list(grads.values()), scale)
         self.update(lr)
@@ -130,7 +132,8 @@ class Method:
             p.grad = None
         for micro_batch in micro_batches:
             loss, more = loss_fn(micro_batch)
-            loss.backward()
+            if loss.requires_grad:  # not if what trains now has no part in it, as an expert or a tower may not
+                loss.backward()
             for name, value in {"loss": loss.detach(), **more}.items():
                 metrics[name] = metrics.get(name, 0) + value
         return {name: self.engine.sum(value) for name, value in metrics.items()}

@@ -3,60 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import groupby
-from math import prod
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tunesmith.display import short_bytes, short_number
 from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, LossFn, Method, Metrics, Shapes, matching
 from tunesmith.methods.budget import Budget, Fit
-from tunesmith.methods.optim import STATE_BYTES_PER_ELEMENT, Optimizer, build_optimizer
-from tunesmith.methods.partition import Piece, Span, cut, cut_within
+from tunesmith.methods.optim import STATE_BYTES_PER_ELEMENT
+from tunesmith.methods.partition import Piece, Span, Spans, by_layers, bytes_of, cut, cut_within, elements_of
 from tunesmith.methods.shelf import Shelf
 from tunesmith.methods.stream import WeightStream
+from tunesmith.methods.trainee import Trainee, num_rows
 from tunesmith.methods.turns import Turns
 from tunesmith.models.load import blocks, head_kind, is_multimodal, value_head
-from tunesmith.models.slices import host_modules, train_rows
+from tunesmith.models.slices import host_modules
 from tunesmith.types import Batch, Memory
 
 DEFAULT_CHUNKS = 16
-LONGEST_TURN, CYCLES = 100, 8
+LONGEST_TURN, CYCLES, FEWEST_AFTER_RESET = 100, 8, 8
 """Where no updates_per_chunk is given: at most so many (BAdam's upper bound), and so few that there are some cycles, in which
-each chunk meets high and low learning rates."""
-
-
-@dataclass
-class Trainee:
-    """Rows of a parameter whose turn it is."""
-
-    span: Span
-    leaf: nn.Parameter
-    """Collects the gradient: the parameter itself, or rows that share its memory."""
-    master: nn.Parameter
-    """What the optimizer changes: the leaf, or an fp32 copy of it."""
-    optimizer: Optimizer
-    stop: Callable[[], None]
-    """Ends the collecting."""
-
-    @property
-    def key(self) -> str:
-        return _key(self.span)
-
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's state for these rows, and the master copy."""
-        state = dict(self.optimizer.parts[0].state.get(self.master, {}))
-        if self.master is not self.leaf and self.master.numel():
-            state["master"] = self.master.detach()
-        return state
+each chunk meets high and low learning rates; but a chunk that begins without moments needs some updates to gather them."""
 
 
 class Chunk(Method):
@@ -80,7 +53,7 @@ class Chunk(Method):
         if self.config.weights == "stream":
             if is_multimodal(model.config):
                 raise UserError(
-                    "method.weights: only the language model's blocks can be streamed: leave weights at resident"
+                    "method.weights: only a language model's blocks can be streamed: leave weights at resident"
                 )
             self.stream = WeightStream([block for _, block in blocks(model)], on_disk=self._waits_on_disk())
 
@@ -94,50 +67,41 @@ class Chunk(Method):
         if head_kind(model) != "language":  # it may start at random
             always |= {id(p) for p in value_head(model).parameters()}
         self.params = {name: p for name, p in model.named_parameters() if id(p) not in frozen}
-        self.pieces = {name: self._piece(name, p) for name, p in self.params.items() if id(p) not in always}
-        if not self.pieces:
-            raise UserError("method: nothing is left for chunks; train less of it always, or freeze less")
+        self.pieces = {name: self._piece(name, p) for name, p in self.params.items()}
+        self.always = tuple(Span(name, 0, num_rows(p)) for name, p in self.params.items() if id(p) in always)
         self.blocks = dict(blocks(model))
         self.compiled = {name: block._compiled_call_impl for name, block in self.blocks.items()}  # None where it is not
         self.fit: Fit | None = None
-        self.chunks = self._partition(list(self.pieces.values()))
+        self.chunks = self._partition([self.pieces[name] for name, p in self.params.items() if id(p) not in always])
         self.turns = self._make_turns(len(self.chunks))
         self.updates = 0
+        self.seen: set[int] = set()
         device = next(iter(self.params.values())).device
         self.shelf = Shelf(device, self._waits_on_disk(), self.config.state == "8bit")
-        self.present: tuple[int, ...] = ()
         self.trainees: list[Trainee] = []
-        self.constant = [self._begin(Span(n, 0, _rows(p))) for n, p in self.params.items() if id(p) in always]
         self._turn_to(self.turns.at(0))
 
     def _piece(self, name: str, p: nn.Parameter) -> Piece:
         is_matrices = p.ndim == 3 and min(p.shape) > 1  # of experts; a convolution along time has a dimension of 1
         can_cut = (p.ndim == 2 or is_matrices) and bool(host_modules(self.model, p))
         align = 0 if not can_cut else 1 if is_matrices else self.config.row_alignment
-        return Piece(name, tuple(p.shape), self._bytes_per_element(name, p.element_size()) * prod(p.shape[1:]), align)
+        size = p.element_size()
+        has_copy = size < 4
+        master = 4 if has_copy and self.config.rounding == "master" else 0
+        gradient = 4 if has_copy and self.extent.accumulates else size
+        state = STATE_BYTES_PER_ELEMENT[self.optimizer_config.name](self.optimizer_config, name, max(4, size))
+        return Piece(name, tuple(p.shape), gradient, master + state, align)
 
-    def _bytes_per_element(self, name: str, size: int) -> float:
-        """Gradient, master copy and optimizer state of one number that trains."""
-        master = 4 if size < 4 and self.config.rounding == "master" else 0
-        return (
-            size
-            + master
-            + STATE_BYTES_PER_ELEMENT[self.optimizer_config.name](self.optimizer_config, name, max(4, size))
-        )
-
-    def _partition(self, pieces: list[Piece]) -> list[tuple[Span, ...]]:
+    def _partition(self, pieces: list[Piece]) -> list[Spans]:
+        if not pieces:
+            raise UserError("method: nothing is left for chunks; train less of it always, or freeze less")
         if self.config.layout == "layers":
-            return _by_layers(pieces, [name for name, _ in blocks(self.model)])
+            return by_layers(pieces, list(self.blocks))
         if self.config.chunk_bytes is not None:
             return cut_within(pieces, self.config.chunk_bytes, "method.chunk_bytes")
         if self.config.memory is not None:
-            always = sum(
-                self._bytes_per_element(name, p.element_size()) * p.numel()
-                for name, p in self.params.items()
-                if name not in self.pieces
-            )
-            budget = Budget(self.config.memory, self.model, self.engine, self.extent, always)
-            self.fit = budget.fit(pieces, self.config.num_chunks)
+            self.budget = Budget(self.config.memory, self.model, self.engine, self.extent, self.pieces, self.always)
+            self.fit = self.budget.fit(pieces, self.config.num_chunks)
             return self.fit.chunks
         return cut(pieces, self.config.num_chunks or DEFAULT_CHUNKS)
 
@@ -156,141 +120,108 @@ class Chunk(Method):
                 "raise train.steps or train.epochs, or make fewer chunks (method.num_chunks, memory or chunk_bytes)"
             )
         enough = steps // shortest.per_cycle
+        fewest = min(enough, FEWEST_AFTER_RESET if config.state == "reset" else 1)
         turns = replace(
-            shortest, updates_per_chunk=config.updates_per_chunk or max(1, min(LONGEST_TURN, enough // CYCLES))
+            shortest, updates_per_chunk=config.updates_per_chunk or max(fewest, min(LONGEST_TURN, enough // CYCLES))
         )
-        if turns.updates_per_chunk > enough:
+        if left_out := num_chunks - len(turns.seen(steps)):
             warnings.warn(
-                f"method.updates_per_chunk: with {turns.updates_per_chunk} updates each, "
-                f"{num_chunks - len(turns.seen(steps))} of {num_chunks} chunks will not have trained when the run ends after "
-                f"{steps} steps; {enough} would reach all",
+                f"method: with {turns.updates_per_chunk} updates a turn, {left_out} of {num_chunks} chunks will not have "
+                f"trained when the run ends after {steps} steps; updates_per_chunk: {enough} and every chunk in method.order "
+                "would reach all",
                 stacklevel=2,
             )
         return turns
 
     def step(self, loss_fn: LossFn, micro_batches: Sequence[Batch], lr: float) -> Metrics:
         self._turn_to(self.turns.at(self.updates))
-        for trainee in self.trainees + self.constant:
-            if trainee.master is not trainee.leaf:  # a sum of many bf16 gradients is no bf16 number
-                trainee.leaf.grad = None
-                trainee.leaf.grad_dtype = torch.float32 if len(micro_batches) > 1 else trainee.leaf.dtype
-        metrics = super().step(loss_fn, micro_batches, lr)
-        self.updates += 1
-        if (following := self.turns.at(self.updates)) != self.present:
+        following = self.turns.at(self.updates + 1)
+        if following != self.present and (self.fit is None or self.fit.has_room_ahead):
             for chunk in following:
                 for span in self.chunks[chunk]:
-                    self.shelf.fetch(_key(span))
+                    self.shelf.fetch(span.key)
+        for trainee in self.trainees:  # of ranks one may have a single micro-batch, and another several
+            trainee.expect(several=len(micro_batches) > 1 or self.engine.world > 1)
+        metrics = super().step(loss_fn, micro_batches, lr)
+        self.updates += 1
         metrics["chunk"] = torch.tensor(float(self.present[0]))
-        metrics["coverage"] = torch.tensor(self._coverage())
+        metrics["coverage"] = torch.tensor(self._elements(self.seen) / self._elements(range(len(self.chunks))))
         return metrics
 
     def active(self) -> dict[str, nn.Parameter]:
-        return {trainee.key: trainee.leaf for trainee in self.trainees + self.constant}
+        return {trainee.span.key: trainee.leaf for trainee in self.trainees}
 
     def update(self, lr: float) -> None:
-        for trainee in self.trainees + self.constant:
-            if trainee.leaf.grad is None:
-                continue
-            if trainee.master is not trainee.leaf:
-                if self.config.rounding == "stochastic":
-                    trainee.master.data = trainee.leaf.detach().float()
-                trainee.master.grad = trainee.leaf.grad.float()
-                trainee.leaf.grad = None
-            trainee.optimizer.step(lr)
-            if trainee.master is not trainee.leaf:
-                trainee.master.grad = None
-                with torch.no_grad():
-                    if self.config.rounding == "stochastic":
-                        trainee.leaf.copy_(stochastic_bf16(trainee.master.detach()))
-                        trainee.master.data = trainee.master.data.new_empty(0)
-                    else:
-                        trainee.leaf.copy_(trainee.master)
+        for trainee in self.trainees:
+            trainee.update(lr)
+
+    present: tuple[int, ...] = ()
+    """The chunks whose turn it is."""
 
     def _turn_to(self, wanted: tuple[int, ...]) -> None:
         """End one chunk's turn and begin another's."""
         if wanted == self.present:
             return
+        staying = [trainee for trainee in self.trainees if trainee.span in self.always]
         for trainee in self.trainees:
-            trainee.stop()
-            if self.config.state != "reset" and (state := trainee.state()):
-                self.shelf.put(trainee.key, state)
-        self.trainees = []  # the old state is free before the new one comes
-        self.present = wanted
+            if trainee not in staying:
+                trainee.stop()
+                if self.config.state != "reset" and (state := trainee.state()):
+                    self.shelf.put(trainee.span.key, state)
+        self.trainees = staying  # the old state is free before the new one comes
+        self._begin(wanted)
+
+    def _begin(self, wanted: tuple[int, ...]) -> None:
+        self.present, self.seen = wanted, self.seen | set(wanted)
+        spans = [*(span for chunk in wanted for span in self.chunks[chunk]), *self.always]
         if self.stream is not None:
-            names = {span.name for chunk in wanted for span in self.chunks[chunk]} | (
-                self.params.keys() - self.pieces.keys()
-            )
-            active = (n for n, block in enumerate(self.blocks) if any(name.startswith(block + ".") for name in names))
-            self.stream.hold(active, self.shelf.device)
+            held = self._blocks_of(spans)
+            outside = any(not span.name.startswith(tuple(f"{block}." for block in self.blocks)) for span in spans)
+            self.stream.hold(held, self.shelf.device, below=outside)
         if self.fit is not None:
             self.engine.checkpoint_blocks(self.model, any(self.fit.checkpointing[chunk] for chunk in wanted))
-        self.trainees = [self._begin(span) for chunk in wanted for span in self.chunks[chunk]]
+        begun = {trainee.span: trainee for trainee in self.trainees}
+        self.trainees = [begun.get(span) or self._trainee(span) for span in spans]
         self._choose_compiled()
 
+    def _trainee(self, span: Span) -> Trainee:
+        state = self.shelf.get(span.key) or {}
+        stochastic = self.config.rounding == "stochastic"
+        return Trainee(self.model, self.params[span.name], span, state, self.optimizer_config, stochastic)
+
+    def _blocks_of(self, spans: Sequence[Span]) -> list[int]:
+        """Numbers of the blocks in which these train."""
+        return [n for n, block in enumerate(self.blocks) if any(span.name.startswith(block + ".") for span in spans)]
+
     def _choose_compiled(self) -> None:
-        """Blocks that train in part run uncompiled: else each border of a chunk would be compiled anew."""
-        whole = {id(trainee.leaf) for trainee in self.trainees + self.constant}
-        names = {trainee.span.name for trainee in self.trainees + self.constant}
+        """Blocks in which a chunk begins or ends run uncompiled: else each border would be compiled anew."""
+        whole = {id(trainee.leaf) for trainee in self.trainees}
+        names = {trainee.span.name for trainee in self.trainees if trainee.span not in self.always}
         for name, block in self.blocks.items():
             if self.compiled[name] is not None:
-                trained = [id(p) in whole for own, p in block.named_parameters()]
-                in_part = any(f"{name}.{own}" in names for own, _ in block.named_parameters()) and not all(trained)
+                own = dict(block.named_parameters())
+                in_part = any(f"{name}.{n}" in names for n in own) and not all(id(p) in whole for p in own.values())
                 block._compiled_call_impl = None if in_part else self.compiled[name]
 
-    def _begin(self, span: Span) -> Trainee:
-        p = self.params[span.name]
-        if span.stop - span.start == _rows(p):
-            p.requires_grad_(True)
-            leaf, stop = p, cast(Callable[[], None], partial(_stand_still, p))
-        else:
-            leaf, stop = train_rows(self.model, p, span.start, span.stop)
-        master: Any = leaf
-        state = self.shelf.get(_key(span)) or {}
-        if leaf.element_size() < 4:
-            kept = state.pop("master", None)
-            master = nn.Parameter(leaf.detach().float() if kept is None else kept)
-        optimizer = build_optimizer(self.optimizer_config, {span.name: master}, self.lr_multiple)
-        if state:
-            optimizer.parts[0].state[master] = state
-        if master is not leaf and self.config.rounding == "stochastic":
-            master.data = master.data.new_empty(0)  # made anew for each update
-        return Trainee(span, leaf, master, optimizer, stop)
-
-    def _coverage(self) -> float:
-        """Share of what trains that has had a turn."""
-        seen = sum(
-            _elements(span, self.pieces) for chunk in self.turns.seen(self.updates) for span in self.chunks[chunk]
-        )
-        return seen / sum(prod(piece.shape) for piece in self.pieces.values())
+    def _elements(self, chunks: Any) -> int:
+        return sum(elements_of(self.chunks[chunk], self.pieces) for chunk in chunks)
 
     def resolved(self) -> dict[str, Any]:
-        return {} if self.fit is None else {"num_chunks": len(self.chunks)}
+        found = {"updates_per_chunk": self.turns.updates_per_chunk}
+        return found if self.fit is None else {**found, "num_chunks": len(self.chunks)}
 
     def describe(self) -> str:
-        largest = max(sum(_elements(span, self.pieces) for span in chunk) for chunk in self.chunks)
+        largest = max(elements_of(spans, self.pieces) for spans in self.chunks)
         return (
             f"{len(self.chunks)} chunks of up to {short_number(largest)} parameters, {self.turns.num_active} at a time for "
             f"{self.turns.updates_per_chunk} updates, all after {self.turns.updates_per_chunk * self.turns.per_cycle}"
         ) + (f"; {short_bytes(self.fit.peak_bytes)} expected at the peak" if self.fit else "")
 
     def memory(self, shapes: Shapes) -> Memory:
-        by_bytes = sorted(
-            (
-                (
-                    sum(_elements(span, self.pieces) * self.params[span.name].element_size() for span in chunk),
-                    sum((span.stop - span.start) * self.pieces[span.name].row_bytes for span in chunk),
-                )
-                for chunk in self.chunks
-            ),
-            key=lambda pair: pair[1],
-        )[-self.turns.num_active :]
-        for trainee in self.constant:
-            size = trainee.leaf.numel() * trainee.leaf.element_size()
-            by_bytes.append(
-                (size, trainee.leaf.numel() * self._bytes_per_element(trainee.span.name, trainee.leaf.element_size()))
-            )
-        gradients = sum(gradient for gradient, _ in by_bytes)
-        return Memory(gradients, round(sum(total for _, total in by_bytes)) - gradients)
+        largest = sorted(self.chunks, key=lambda spans: bytes_of(spans, self.pieces))[-self.turns.num_active :]
+        spans = (*(span for chunk in largest for span in chunk), *self.always)
+        gradients = sum(elements_of((span,), self.pieces) * self.pieces[span.name].gradient_bytes for span in spans)
+        return Memory(gradients, round(bytes_of(spans, self.pieces)) - gradients)
 
     def _readable(self) -> AbstractContextManager[None]:
         """Inside, all weights can be read and loaded."""
@@ -306,74 +237,41 @@ class Chunk(Method):
                 "method.weights: stream keeps no second copy of the model, which this objective's reference needs: set "
                 "objective.reference to precompute, or name another model as objective.reference_model"
             )
+        if (
+            self.fit is not None
+            and self.start is None
+            and self.fit.peak_bytes + self.start_bytes() > self.config.memory
+        ):
+            raise UserError(
+                f"method.memory: the frozen copy of the model that this objective's reference needs takes "
+                f"{short_bytes(self.start_bytes())} more: give {short_bytes(self.fit.peak_bytes + self.start_bytes())} and "
+                f"method.num_chunks: {len(self.chunks)}, or set objective.reference to precompute"
+            )
         super().keep_start()
 
     def state_dict(self) -> dict[str, Any]:
-        states = self.shelf.state_dict()
-        for trainee in self.trainees + self.constant:
-            states[trainee.key] = trainee.state()
+        states = self.shelf.state_dict() | {trainee.span.key: trainee.state() for trainee in self.trainees}
         with self._readable():
             parameters = {name: p.detach() for name, p in self.params.items()}
-        return {
-            "parameters": parameters,
-            "updates": self.updates,
-            "partition": self._signature(),
-            "states": states,
-        }
+        return {"parameters": parameters, "updates": self.updates, "partition": self._signature(), "states": states}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         if saved["partition"] != self._signature():
             raise UserError(
                 "method: the checkpoint was made with other chunks, whose optimizer states do not fit these; put back what "
                 "method.num_chunks, chunk_bytes, memory, row_alignment, always and frozen were, or start a new run"
             )
+        for trainee in self.trainees:
+            trainee.stop()
         with self._readable(), torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(saved["parameters"][name])
-        for trainee in self.trainees + self.constant:
-            trainee.stop()
-        self.updates = saved["updates"]
+        self.trainees, self.updates = [], saved["updates"]
         self.shelf.load_state_dict(saved["states"])
-        self.constant = [self._begin(trainee.span) for trainee in self.constant]
-        self.trainees, self.present = [], ()
-        self._turn_to(self.turns.at(max(0, self.updates - 1)))  # whose state the checkpoint holds; `step` goes on
+        self.seen = self.turns.seen(self.updates)
+        self._begin(self.turns.at(max(0, self.updates - 1)))  # whose state the checkpoint holds; `step` goes on
         if self.config.state == "reset":
             self.shelf.load_state_dict({})
 
     def _signature(self) -> list[list[list[Any]]]:
-        return [[[span.name, span.start, span.stop] for span in chunk] for chunk in self.chunks]
-
-
-def stochastic_bf16(x: Tensor) -> Tensor:
-    """fp32 rounded to one of the two nearest bf16 numbers at random, in proportion to how near: right on average."""
-    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device)
-    return (x.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
-
-
-def _rows(p: Tensor) -> int:
-    return len(p) if p.ndim else 1
-
-
-def _stand_still(p: nn.Parameter) -> None:
-    p.requires_grad_(False)
-    p.grad = None
-
-
-def _key(span: Span) -> str:
-    return f"{span.name}[{span.start}:{span.stop}]"
-
-
-def _elements(span: Span, pieces: Mapping[str, Piece]) -> int:
-    return (span.stop - span.start) * prod(pieces[span.name].shape[1:])
-
-
-def _by_layers(pieces: Sequence[Piece], block_names: Sequence[str]) -> list[tuple[Span, ...]]:
-    """A chunk of each block, and of each run of parameters outside of blocks."""
-
-    def block_of(name: str) -> str | None:
-        return next((block for block in block_names if name.startswith(block + ".")), None)
-
-    return [
-        tuple(Span(piece.name, 0, piece.rows) for piece in run)
-        for _, run in groupby(pieces, key=lambda piece: block_of(piece.name))
-    ]
+        return [[[span.name, span.start, span.stop] for span in spans] for spans in (self.always, *self.chunks)]

@@ -6,9 +6,9 @@ A chunk is a run of whole parameters with at most two that are cut, one at each 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from math import prod
 
 from tunesmith.errors import UserError
@@ -20,14 +20,21 @@ class Piece:
 
     name: str
     shape: tuple[int, ...]
-    row_bytes: float
-    """What training a row (an index of the first dimension) costs: gradient, master copy and optimizer state."""
+    gradient_bytes: int
+    """Of the gradient of one number."""
+    state_bytes: float
+    """Of its master copy and optimizer state."""
     align: int
     """It can be cut at multiples of so many rows; 0: not at all."""
 
     @property
     def rows(self) -> int:
         return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> float:
+        """What training a row (an index of the first dimension) costs."""
+        return (self.gradient_bytes + self.state_bytes) * prod(self.shape[1:])
 
     @property
     def bytes(self) -> float:
@@ -47,11 +54,16 @@ class Span:
     start: int
     stop: int
 
+    @property
+    def key(self) -> str:
+        return f"{self.name}[{self.start}:{self.stop}]"
 
-Chunk = tuple[Span, ...]
+
+Spans = tuple[Span, ...]
+"""Of a chunk."""
 
 
-def cut(pieces: Sequence[Piece], num_chunks: int) -> list[Chunk]:
+def cut(pieces: Sequence[Piece], num_chunks: int) -> list[Spans]:
     """Chunks of as equal bytes as aligned cuts allow. Raises UserError if there are not so many."""
     ends = list(accumulate(piece.bytes for piece in pieces))
     inner = (_border(pieces, ends, ends[-1] * k / num_chunks) for k in range(1, num_chunks))
@@ -73,7 +85,7 @@ def cut(pieces: Sequence[Piece], num_chunks: int) -> list[Chunk]:
     return chunks
 
 
-def cut_within(pieces: Sequence[Piece], chunk_bytes: float, setting: str) -> list[Chunk]:
+def cut_within(pieces: Sequence[Piece], chunk_bytes: float, setting: str) -> list[Spans]:
     """As few chunks as keep each within `chunk_bytes`. Raises UserError that names the parameter which is too large."""
     largest = max(pieces, key=lambda piece: piece.smallest_bytes)
     if largest.smallest_bytes > chunk_bytes:
@@ -92,12 +104,21 @@ def cut_within(pieces: Sequence[Piece], chunk_bytes: float, setting: str) -> lis
     return equal if max(bytes_of(chunk, by_name) for chunk in equal) <= chunk_bytes else filled
 
 
-def bytes_of(chunk: Chunk, pieces: dict[str, Piece]) -> float:
+def by_layers(pieces: Sequence[Piece], block_names: Sequence[str]) -> list[Spans]:
+    """A chunk of each block, and of each run of parameters outside of blocks."""
+
+    def block_of(piece: Piece) -> str | None:
+        return next((block for block in block_names if piece.name.startswith(block + ".")), None)
+
+    return [tuple(Span(piece.name, 0, piece.rows) for piece in run) for _, run in groupby(pieces, key=block_of)]
+
+
+def bytes_of(chunk: Spans, pieces: Mapping[str, Piece]) -> float:
     """What training a chunk costs."""
     return sum((span.stop - span.start) * pieces[span.name].row_bytes for span in chunk)
 
 
-def elements_of(chunk: Chunk, pieces: dict[str, Piece]) -> int:
+def elements_of(chunk: Spans, pieces: Mapping[str, Piece]) -> int:
     """Numbers that train in a chunk."""
     return sum((span.stop - span.start) * prod(pieces[span.name].shape[1:]) for span in chunk)
 
@@ -111,9 +132,9 @@ def _border(pieces: Sequence[Piece], ends: Sequence[float], wanted: float) -> tu
     return (index + 1, 0) if row == piece.rows else (index, row)
 
 
-def _filled(pieces: Sequence[Piece], chunk_bytes: float) -> list[Chunk]:
+def _filled(pieces: Sequence[Piece], chunk_bytes: float) -> list[Spans]:
     """Chunks filled up from the start: the fewest there can be, but the last may be small."""
-    chunks: list[Chunk] = []
+    chunks: list[Spans] = []
     spans: list[Span] = []
     left = chunk_bytes
     for piece in pieces:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tunesmith.errors import UserError
 
 BLOCK = 256
 """Numbers that share a scale in 8 bits."""
@@ -25,7 +27,7 @@ class Shelf:
         self.kept: dict[str, State] = {}
         self.ahead: dict[str, tuple[State, torch.cuda.Event]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.leaving: list[tuple[torch.cuda.Event, State]] = []
+        self.leaving: list[torch.cuda.Event] = []
 
     def put(self, key: str, state: Mapping[str, Tensor]) -> None:
         """Take a state off the device. What the device holds of it is free once the copy is done."""
@@ -48,7 +50,7 @@ class Shelf:
                 done = torch.cuda.Event()
                 done.record(self.stream)
             self.kept[key] = target
-            self.leaving.append((done, packed))
+            self.leaving.append(done)
 
     def fetch(self, key: str) -> None:
         """Begin to bring a state back, beside what the device is doing."""
@@ -92,8 +94,7 @@ class Shelf:
     def _settle(self, keep: int) -> None:
         """Wait until at most `keep` states are on their way off the device."""
         while len(self.leaving) > keep:
-            done, _ = self.leaving.pop(0)
-            done.synchronize()
+            self.leaving.pop(0).synchronize()
 
 
 class TensorFile:
@@ -101,6 +102,7 @@ class TensorFile:
 
     def __init__(self) -> None:
         self.file = tempfile.TemporaryFile(prefix="tunesmith-")  # noqa: SIM115  it lives as long as the run
+        weakref.finalize(self, self.file.close)
         self.places: dict[str, int] = {}
         self.end = 0
 
@@ -112,9 +114,15 @@ class TensorFile:
         if key not in self.places:
             self.places[key] = self.end
             self.end += -(-array.nbytes // 4096) * 4096
-        self.file.seek(self.places[key])
-        self.file.write(array.data)
-        self.file.flush()
+        try:
+            self.file.seek(self.places[key])
+            self.file.write(array.data)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{tempfile.gettempdir()}: what waits for its turn cannot be written: {error.strerror}; make room, set TMPDIR "
+                "to another folder, or method.offload to host; the run goes on from its last checkpoint with --resume"
+            ) from error
         mapped = np.memmap(self.file, np.uint8, "r+", self.places[key], (array.nbytes,))
         return torch.from_numpy(mapped).view(x.dtype).view(x.shape)
 
@@ -127,20 +135,18 @@ def _packed(state: Mapping[str, Tensor]) -> State:
             packed[name] = x
         else:
             packed[f"{name}/code"], packed[f"{name}/scale"] = to_8bit(x, is_square="sq" in name)
-            packed[f"{name}/shape"] = torch.tensor(x.shape)
     return packed
 
 
 def _unpacked(packed: State) -> State:
     state = {name: x for name, x in packed.items() if "/" not in name}
     for name in (name.removesuffix("/code") for name in packed if name.endswith("/code")):
-        shape = packed[f"{name}/shape"].tolist()
-        state[name] = from_8bit(packed[f"{name}/code"], packed[f"{name}/scale"], shape, is_square="sq" in name)
+        state[name] = from_8bit(packed[f"{name}/code"], packed[f"{name}/scale"], is_square="sq" in name)
     return state
 
 
 def to_8bit(x: Tensor, *, is_square: bool) -> tuple[Tensor, Tensor]:
-    """(codes, uint8 or int8 [n], largest magnitude of each block of 256, fp32 [n / 256]) of a moment.
+    """(codes, uint8 or int8 in x's shape, largest magnitude of each block of 256, fp32 [n / 256]) of a moment.
 
     A first moment's code is 127 · sign · (|x| / largest)^(1/2): a finer grain for small numbers. A second moment's is
     255 · (x / largest)^(1/4), rounded up: it never becomes smaller, least of all 0, by which Adam would divide.
@@ -150,12 +156,12 @@ def to_8bit(x: Tensor, *, is_square: bool) -> tuple[Tensor, Tensor]:
     scale = blocks.abs().amax(1)
     share = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).flatten()[: len(flat)]
     if is_square:
-        return (255 * share.clamp(0, 1).sqrt_().sqrt_()).ceil_().to(torch.uint8), scale
-    return (127 * share.abs().sqrt() * share.sign()).round_().to(torch.int8), scale
+        return (255 * share.clamp(0, 1).sqrt_().sqrt_()).ceil_().to(torch.uint8).view(x.shape), scale
+    return (127 * share.abs().sqrt() * share.sign()).round_().to(torch.int8).view(x.shape), scale
 
 
-def from_8bit(code: Tensor, scale: Tensor, shape: Any, *, is_square: bool) -> Tensor:
+def from_8bit(code: Tensor, scale: Tensor, *, is_square: bool) -> Tensor:
     """The moment, fp32, from what `to_8bit` made."""
-    share = code.float() / (255 if is_square else 127)
+    share = code.flatten().float() / (255 if is_square else 127)
     share = share**4 if is_square else share * share.abs()
-    return (share * scale.repeat_interleave(BLOCK)[: len(code)]).view(shape)
+    return (share * scale.repeat_interleave(BLOCK)[: len(share)]).view(code.shape)

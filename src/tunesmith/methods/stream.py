@@ -32,6 +32,8 @@ class WeightStream:
         self.present: OrderedDict[int, torch.cuda.Event | None] = OrderedDict()
         """Blocks on the device, the one used longest ago first, and when each has arrived."""
         self.held: frozenset[int] = frozenset()
+        self.below = False
+        """Whether the backward pass goes on below the blocks that are held."""
         self.device: torch.device | None = None
         self.copies: torch.cuda.Stream | None = None
         for number, block in enumerate(blocks):
@@ -39,12 +41,16 @@ class WeightStream:
             block.register_forward_hook(lambda *given, n=number: self._after_forward(n, given[-1]))
 
     def _put_aside(self, block: nn.Module) -> dict[nn.Parameter, Tensor]:
-        aside = {}
-        for name, p in block.named_parameters():
-            if self.file is not None:
-                aside[p] = self.file.keep(f"{id(p)} {name}", p.data)
-            else:
-                aside[p] = p.data.pin_memory() if torch.cuda.is_available() else p.data.clone()
+        """Its weights' places to wait. In the host's memory they lie side by side: pinned memory comes in powers of two."""
+        if self.file is not None:
+            aside = {p: self.file.keep(f"{id(p)} {name}", p.data) for name, p in block.named_parameters()}
+        else:
+            sizes = {p: -(-p.numel() * p.element_size() // 64) * 64 for p in block.parameters()}
+            memory = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            aside = {}
+            for p, part in zip(sizes, memory.split(list(sizes.values())), strict=True):
+                aside[p] = part[: p.numel() * p.element_size()].view(p.dtype).view(p.shape).copy_(p.data)
+        for p in aside:
             p.data = torch.empty_like(p.data)
             p.untyped_storage().resize_(0)
         return aside
@@ -64,7 +70,7 @@ class WeightStream:
 
     def _before_backward(self, number: int) -> None:
         self.bring(number)
-        if number > 0:
+        if number > min(self.held, default=len(self.blocks)) or (self.below and number > 0):
             self._fetch(number - 1)
 
     def bring(self, number: int) -> None:
@@ -80,7 +86,8 @@ class WeightStream:
             return
         free = [n for n in self.present if n not in self.held]
         for old in free[: max(0, len(free) - WINDOW + 1)]:
-            del self.present[old]
+            if (arrived := self.present.pop(old)) is not None:  # a copy that nothing has waited for
+                torch.cuda.current_stream(self.device).wait_event(arrived)
             for p in self.waiting[old]:
                 p.untyped_storage().resize_(0)
         for p in self.waiting[number]:
@@ -102,9 +109,12 @@ class WeightStream:
         for p, aside in self.waiting[number].items():
             p.data.copy_(aside, non_blocking=True)
 
-    def hold(self, numbers: Iterable[int], device: torch.device) -> None:
-        """Keep these blocks on the device, and no others; what those have learnt is written back first."""
+    def hold(self, numbers: Iterable[int], device: torch.device, below: bool) -> None:
+        """Keep these blocks on the device, and no others; what those have learnt is written back first. `below`: something
+        trains that stands before all blocks.
+        """
         self.write_back()
+        self.below = below
         self.device = self.device or device
         self.held = frozenset(numbers)
         for number in self.held:
@@ -120,6 +130,8 @@ class WeightStream:
     def aside(self) -> Iterator[None]:
         """Inside, all parameters are those that wait: for reading, saving and loading, not for computing."""
         self.write_back()
+        if self.copies is not None:
+            self.copies.synchronize()
         placed = {p: p.data for block in self.waiting for p in block}
         for block in self.waiting:
             for p, waiting in block.items():

@@ -7,7 +7,7 @@ still and with its weights training, and what it keeps and needs is counted. So 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ class Activations:
     head: int
     """From the last hidden states to the loss and back."""
 
-    def peak(self, lowest: int, training: range, checkpointing: bool) -> int:
+    def peak(self, lowest: int, training: Collection[int], checkpointing: bool) -> int:
         """Bytes at the peak of a step whose backward pass ends in block `lowest` (-1: in the embeddings; the number of blocks:
         above all of them), while the weights of blocks `training` train."""
         used = range(max(0, lowest), len(self.blocks))
@@ -92,7 +92,12 @@ def measure(model: Any, head: Head, rows: int, tokens: int) -> Activations:
         model.train(was_training)
         for p, own in trained.items():
             p.requires_grad_(own)
-    return Activations(tuple(found), _measure_head(hidden, head, input_ids.flatten()))
+    whole_logits = 0
+    if (
+        head.linear is None and (output := model.get_output_embeddings()) is not None
+    ):  # they, their gradient, in fp32 both
+        whole_logits = 2 * hidden.shape[0] * output.weight.shape[0] * 4
+    return Activations(tuple(found), whole_logits or _measure_head(hidden, head, input_ids.flatten()))
 
 
 def _measure_block(block: nn.Module, args: Any, kwargs: Any) -> BlockBytes:
