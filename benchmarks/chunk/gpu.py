@@ -28,6 +28,7 @@ from tunesmith.engines import SingleEngine, build_engine
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS, Extent
 from tunesmith.methods.budget import Budget
+from tunesmith.methods.stream import WINDOW
 from tunesmith.objectives import build_objective
 from tunesmith.plan.activations import Activations
 from tunesmith.types import Batch
@@ -83,6 +84,27 @@ def make_batch(tokens: int, vocabulary: int, step: int) -> Batch:
     return Batch(ids, torch.arange(tokens)[None], torch.zeros_like(ids), weights, sample_N=zero, group_N=zero)
 
 
+def expected(learner: Learner, tokens: int) -> float:
+    """Bytes at the peak: weights on the device, what the method declares, activations."""
+    method: Any = learner.method
+    if getattr(method, "fit", None):
+        return method.fit.peak_bytes
+    on = learner.model.is_gradient_checkpointing
+    learner.engine.checkpoint_blocks(learner.model, False)
+    trained = {p for p in learner.model.parameters() if p.requires_grad}
+    activations = learner.engine.activations(learner.model.requires_grad_(False), 1, tokens)
+    for p in trained:
+        p.requires_grad_(True)
+    learner.engine.checkpoint_blocks(learner.model, on)
+    declared = method.memory({name: (p.numel(), p.element_size()) for name, p in method.params.items()})
+    weights = sum(p.numel() * p.element_size() for p in learner.model.parameters())
+    if getattr(method, "stream", None):
+        block = sum(p.numel() * p.element_size() for p in learner.model.model.layers[0].parameters())
+        weights -= (len(activations.blocks) - WINDOW - len(method.stream.held)) * block
+    blocks = range(len(activations.blocks))
+    return weights + declared.gradients_bytes + declared.optimizer_bytes + activations.peak(-1, blocks, on)
+
+
 def measure(shape: str, method: str, args: argparse.Namespace) -> None:
     section: Any = FullConfig()
     if method == "chunk":
@@ -94,7 +116,7 @@ def measure(shape: str, method: str, args: argparse.Namespace) -> None:
     model = make_model(shape, "cpu" if on_host else args.device)
     extent = Extent(steps=10**6, rows=1, tokens=args.tokens)
     learner = Learner(model, engine, METHODS[section.name](section, AdamWConfig(lr=1e-6), 1.0, extent), args.tokens)
-    foreseen = getattr(getattr(learner.method, "fit", None), "peak_bytes", None)
+    foreseen = expected(learner, args.tokens)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     objective, seconds = build_objective(SftConfig()), []
@@ -104,9 +126,9 @@ def measure(shape: str, method: str, args: argparse.Namespace) -> None:
         float(learner.step(objective, batch, 1e-6)["loss"])
         seconds.append(perf_counter() - start)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    said = f"{foreseen / 2**30:.2f} GiB foreseen" if foreseen else ""
     print(
-        f"{shape:10} {method:6} weights {weights / 2**30:6.2f} GiB · peak {engine.memory_bytes() / 2**30:6.2f} GiB {said} · "
+        f"{shape:10} {method:6} weights {weights / 2**30:6.2f} GiB · peak {engine.memory_bytes() / 2**30:6.2f} GiB, "
+        f"{foreseen / 2**30:.2f} foreseen · "
         f"{median(seconds[2:]):.3f} s/step · {learner.method.describe()}",
         flush=True,
     )
@@ -144,8 +166,8 @@ def foresee(shape: str, tokens: int) -> None:
     extent = Extent(steps=10**6, rows=1, tokens=tokens)
     method: Any = METHODS["chunk"](section, AdamWConfig(lr=1e-6), 1.0, extent)
     method.model = engine.whole
-    pieces = [method._piece(name, p) for name, p in engine.whole.named_parameters()]
-    fit = Budget(section.memory, engine.whole, engine, extent, 0).fit(pieces, None)
+    pieces = {name: method._piece(name, p) for name, p in engine.whole.named_parameters()}
+    fit = Budget(section.memory, engine.whole, engine, extent, pieces, ()).fit(list(pieces.values()), None)
     print(
         f"{shape:10} weights {engine.held_bytes() / 2**30:.2f} GiB, budget {section.memory / 2**30:.2f} GiB · "
         f"{len(fit.chunks)} chunks, {sum(fit.checkpointing)} of them checkpointed · {fit.peak_bytes / 2**30:.2f} GiB foreseen",
