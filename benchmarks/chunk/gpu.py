@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from common import median
+from sides import foreseen
 
 from tunesmith.config import AdamWConfig, ChunkConfig, FullConfig, SftConfig, SingleConfig
 from tunesmith.engines import SingleEngine, build_engine
@@ -89,20 +90,12 @@ def expected(learner: Learner, tokens: int) -> float:
     method: Any = learner.method
     if getattr(method, "fit", None):
         return method.fit.peak_bytes
-    on = learner.model.is_gradient_checkpointing
-    learner.engine.checkpoint_blocks(learner.model, False)
-    trained = {p for p in learner.model.parameters() if p.requires_grad}
-    activations = learner.engine.activations(learner.model.requires_grad_(False), 1, tokens)
-    for p in trained:
-        p.requires_grad_(True)
-    learner.engine.checkpoint_blocks(learner.model, on)
-    declared = method.memory({name: (p.numel(), p.element_size()) for name, p in method.params.items()})
     weights = sum(p.numel() * p.element_size() for p in learner.model.parameters())
     if getattr(method, "stream", None):
-        block = sum(p.numel() * p.element_size() for p in learner.model.model.layers[0].parameters())
-        weights -= (len(activations.blocks) - WINDOW - len(method.stream.held)) * block
-    blocks = range(len(activations.blocks))
-    return weights + declared.gradients_bytes + declared.optimizer_bytes + activations.peak(-1, blocks, on)
+        blocks = learner.model.model.layers
+        block = sum(p.numel() * p.element_size() for p in blocks[0].parameters())
+        weights -= (len(blocks) - WINDOW - len(method.stream.held)) * block
+    return weights + foreseen(learner, 1, tokens)[1]
 
 
 def measure(shape: str, method: str, args: argparse.Namespace) -> None:
@@ -116,7 +109,7 @@ def measure(shape: str, method: str, args: argparse.Namespace) -> None:
     model = make_model(shape, "cpu" if on_host else args.device)
     extent = Extent(steps=10**6, rows=1, tokens=args.tokens)
     learner = Learner(model, engine, METHODS[section.name](section, AdamWConfig(lr=1e-6), 1.0, extent), args.tokens)
-    foreseen = expected(learner, args.tokens)
+    peak = expected(learner, args.tokens)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     objective, seconds = build_objective(SftConfig()), []
@@ -128,7 +121,7 @@ def measure(shape: str, method: str, args: argparse.Namespace) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     print(
         f"{shape:10} {method:6} weights {weights / 2**30:6.2f} GiB · peak {engine.memory_bytes() / 2**30:6.2f} GiB, "
-        f"{foreseen / 2**30:.2f} foreseen · "
+        f"{peak / 2**30:.2f} foreseen · "
         f"{median(seconds[2:]):.3f} s/step · {learner.method.describe()}",
         flush=True,
     )

@@ -2,9 +2,11 @@
 
     python benchmarks/chunk/memory.py ../shared/data/gsm8k/train.jsonl [--rounds 3] [--picture docs/images/chunk_memory.png]
 
-Every side runs in a process of its own, in turn, on the same batches: SmolLM2-135M, weights in bf16, one micro-batch of
---tokens a step. Memory is the process's own (resident, without mapped files), watched 100 times a second; what it held
-before the first step, weights included, is taken off. `foreseen` is what memory() and the activations' measurement say.
+Every side runs in a process of its own, in turn, on the same batches: SmolLM2-135M, one micro-batch of --tokens a step.
+Methods that train a part at a time go once through all their parts, from the embeddings up. Memory is the process's own
+(resident, without mapped files), watched 100 times a second; what it held before the first step, weights included, is taken
+off. `foreseen` is what memory() declares of gradients and optimizer state, plus the measured activations of the worst part.
+Seconds are the mean over all parts.
 """
 
 from __future__ import annotations
@@ -14,42 +16,50 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import median, print_machine
 
-NAMES = ("full", "full, checkpointed", "chunk", "chunk, reset", "lora", "badam", "galore")
+NAMES = (
+    "full", "full, checkpointed", "chunk", "chunk, checkpointed", "chunk, in a budget", "chunk, reset", "lora", "badam",
+    "galore",
+)  # fmt: skip
+DRAWN = ("full", "lora", "chunk", "chunk, in a budget")
+WARM_UP = 2
 
 
 def side(name: str, args: argparse.Namespace) -> None:
     """Run one side, and print what was measured as JSON."""
-    from sides import build_side, watched
+    from sides import build_side, foreseen, watched
 
     from tunesmith.engines.single import own_memory, return_freed_memory
 
-    chunks = {"num_chunks": args.num_chunks, "updates_per_chunk": 3} if name.startswith("chunk") else {}
+    chunks = {"num_chunks": args.num_chunks, "updates_per_chunk": 2, "order": "ascending"}
+    if name == "chunk, in a budget":
+        chunks["memory"] = args.budget
+    parts = 2 * args.num_chunks if name.startswith("chunk") else 30 if name == "badam" else 10
     run = build_side(
         name,
         {
             "model": {"path": "demo", "precision": args.precision},
             "data": {"path": args.data, "max_tokens": 256, "eval_fraction": 0.0, "max_samples": 2000},
-            "method": chunks,
+            "method": chunks if name.startswith("chunk") else {},
             "optimizer": {"lr": 1e-5},
-            "train": {"steps": args.steps, "batch_size": args.batch_size, "micro_batch_tokens": args.tokens},
+            "train": {"steps": parts + WARM_UP, "batch_size": args.batch_size, "micro_batch_tokens": args.tokens},
             "output": "unused",
         },
-        switch_every=3,
+        switch_every=1,
     )
     return_freed_memory()
     learner = run.learner
-    rows = max(1, args.tokens // 256)
-    foreseen = learner.method.memory({n: (p.numel(), p.element_size()) for n, p in learner.method.params.items()})
+    declared, expected = foreseen(learner, max(1, args.tokens // 256), 256, in_full=name not in ("badam", "galore"))
     weights = sum(p.numel() * p.element_size() for p in learner.model.parameters())
     held, seconds = own_memory(), []
     with watched() as memory:
-        for step in range(args.steps):
+        for step in range(run.steps):
             start = perf_counter()
             learner.step(run.objective, run.data(step), 1e-5)
             seconds.append(perf_counter() - start)
@@ -58,9 +68,9 @@ def side(name: str, args: argparse.Namespace) -> None:
             {
                 "weights": weights,
                 "over": memory["peak"] - held,
-                "foreseen": foreseen.gradients_bytes + foreseen.optimizer_bytes,
-                "rows": rows,
-                "seconds": seconds[3:],
+                "declared": declared,
+                "foreseen": expected,
+                "seconds": mean(seconds[WARM_UP:]),
                 "trace": memory["trace"][::5],
                 "held": held,
             }
@@ -73,11 +83,11 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--side", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--budget", default="1650MiB", help="Of the whole process, for that side.")
     parser.add_argument("--num-chunks", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
@@ -94,19 +104,20 @@ def main() -> None:
                 sys.exit(f"{name}: {done.stderr}")
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
     reference = "full, checkpointed"
-    print(f"{'':20} weights   over them: measured   foreseen (no activations)   s/step   of {reference}")
+    print(f"{'':20} weights   over them: measured   foreseen   of it memory()   s/step   over {reference}")
     for name, runs in found.items():
-        ratio = ""
+        ratio, foreseen = "", "not ours"
         if reference in found:
-            pairs = zip(runs, found[reference], strict=True)
-            ratio = f"{median(median(a['seconds']) / median(b['seconds']) for a, b in pairs):.2f}"
+            ratio = f"{median(a['seconds'] / b['seconds'] for a, b in zip(runs, found[reference], strict=True)):.2f}"
+        if runs[0]["foreseen"]:
+            foreseen = f"{runs[0]['foreseen'] / 2**20:4.0f} MiB   {runs[0]['declared'] / 2**20:9.0f} MiB"
         print(
-            f"{name:20} {runs[0]['weights'] / 2**20:4.0f} MiB   {median(r['over'] for r in runs) / 2**20:9.0f} MiB"
-            f"   {runs[0]['foreseen'] / 2**20:19.0f} MiB   {median(median(r['seconds']) for r in runs):11.2f}   {ratio:>9}",
+            f"{name:20} {runs[0]['weights'] / 2**20:4.0f} MiB   {median(r['over'] for r in runs) / 2**20:14.0f} MiB   "
+            f"{foreseen:25}   {median(r['seconds'] for r in runs):6.2f}   {ratio}",
             flush=True,
         )
     if args.picture:
-        draw({name: runs[0] for name, runs in found.items() if name in ("full", "lora", "chunk")}, args.picture)
+        draw({name: found[name][0] for name in DRAWN if name in found}, args.picture)
 
 
 def draw(found: dict[str, dict], file: Path) -> None:

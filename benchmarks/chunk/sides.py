@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -18,12 +19,16 @@ import torch
 
 from tunesmith.config_file import config_from_dict
 from tunesmith.engines.single import own_memory
+from tunesmith.learner import Learner
+from tunesmith.methods.budget import Budget
 from tunesmith.run import Run, build
 
 SIDES: dict[str, dict[str, Any]] = {
     "full": {"method": {"name": "full"}},
     "full, checkpointed": {"method": {"name": "full"}, "engine": {"activation_checkpointing": True}},
     "chunk": {"method": {"name": "chunk"}},
+    "chunk, checkpointed": {"method": {"name": "chunk"}, "engine": {"activation_checkpointing": True}},
+    "chunk, in a budget": {"method": {"name": "chunk"}},
     "chunk, reset": {"method": {"name": "chunk", "state": "reset"}},
     "chunk as BAdam": {
         "method": {"name": "chunk", "layout": "layers", "state": "reset", "order": "descending", "frozen": ["*embed*"]},
@@ -73,6 +78,33 @@ class _Theirs:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+
+
+def foreseen(learner: Learner, rows: int, tokens: int, in_full: bool = True) -> tuple[int, int]:
+    """(bytes over the weights that the method declares, the same with activations) at the peak of a step; 0 for optimizers
+    that are not ours."""
+    method: Any = learner.method
+    if not in_full:
+        return 0, 0
+    declared = method.memory({name: (p.numel(), p.element_size()) for name, p in method.params.items()})
+    declared_bytes = declared.gradients_bytes + declared.optimizer_bytes
+    model: Any = learner.model
+    on, trained = model.is_gradient_checkpointing, [p for p in model.parameters() if p.requires_grad]
+    if getattr(method, "fit", None):
+        found = method.fit.peak_bytes - method.budget.held
+    elif method.config.name == "chunk":
+        budget = Budget(
+            2**60, model, learner.engine, replace(method.extent, rows=rows, tokens=tokens), method.pieces, ()
+        )
+        found = max(budget.peak(chunk, on) for chunk in method.chunks) - budget.held
+    else:
+        learner.engine.checkpoint_blocks(model, False)
+        activations = learner.engine.activations(model.requires_grad_(False), rows, tokens)
+        found = declared_bytes + activations.peak(-1, range(len(activations.blocks)), on)
+    for p in trained:
+        p.requires_grad_(True)
+    learner.engine.checkpoint_blocks(model, on)
+    return declared_bytes, round(found)
 
 
 @contextmanager

@@ -80,6 +80,19 @@ def generate(
 
 
 @app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run with method: zeroth.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it; must not exist.")],
+    to_step: Annotated[int | None, typer.Option(min=0, help="After so many updates. Default: all in the log.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="A PEFT adapter instead of a whole model.")] = False,
+) -> None:
+    """Make any intermediate model of a zeroth-order run from its log, without a forward pass."""
+    from tunesmith.replay import replay as run
+
+    run(folder, to_step, output, "adapter" if adapter else "model")
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder of the run; a number is added if it is taken.")] = "runs/demo",
 ) -> None:

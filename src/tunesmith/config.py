@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tunesmith.config_data import DataConfig, SetConfig
-from tunesmith.config_methods import AnyMethod, ChunkConfig, FreezeConfig, FullConfig, LoraConfig
+from tunesmith.config_methods import AnyMethod, ChunkConfig, FreezeConfig, FullConfig, LoraConfig, ZerothConfig
 from tunesmith.config_objectives import AnyObjective, PretrainConfig, SftConfig
 from tunesmith.config_section import Count, PathSection, PositiveInt, Section, Share
 
 __all__ = [
     "ChunkConfig", "DataConfig", "FreezeConfig", "FullConfig", "LoraConfig", "PretrainConfig", "RunConfig", "Section",
-    "SetConfig", "SftConfig",
+    "SetConfig", "SftConfig", "ZerothConfig",
 ]  # fmt: skip
 
 
@@ -250,8 +250,21 @@ class RunConfig(Section):
     seed: int = 0
     """Seed of the sample order, the adapters' start and dropout."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_steps_under_zeroth(cls, given: Any) -> Any:
+        """Scoring gives a slope and not a gradient of each number: without another word the optimizer is sgd."""
+        method = given.get("method") if isinstance(given, dict) else None
+        name = method.get("name") if isinstance(method, dict) else method
+        optimizer = given.get("optimizer", {}) if name == "zeroth" else None
+        if isinstance(optimizer, dict) and "name" not in optimizer:
+            return {**given, "optimizer": {"name": "sgd", **optimizer}}
+        return given
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
+        if self.method.name == "zeroth":
+            self._check_zeroth()
         if self.data.truncation == "split" and self.objective.name not in ("sft", "pretrain", "distill"):
             raise ValueError(
                 f"data.truncation: split tears answers from their prompts, which {self.objective.name} needs together; use "
@@ -277,12 +290,26 @@ class RunConfig(Section):
                 )
         return self
 
+    def _check_zeroth(self) -> None:
+        if self.optimizer.name != "sgd":
+            raise ValueError(
+                f"optimizer: {self.optimizer.name} wants a gradient of each number, of which zeroth has none; "
+                "use sgd (with momentum: LOZO-M)"
+            )
+        if self.optimizer.weight_decay:
+            raise ValueError("optimizer.weight_decay: zeroth moves the weights along its directions alone; set it to 0")
+        if self.engine.compile:
+            raise ValueError(
+                "engine.compile: the states that zeroth scores are not seen by compiled blocks; leave it out"
+            )
+
     @model_validator(mode="after")
     def _fill_defaults_that_depend(self) -> Self:
         """Settings whose default follows from others; what is saved and shown is always the number in use."""
         filled: dict[str, Section] = {}
         if self.optimizer.lr is None:
-            lr = self.method.default_lr * self.objective.lr_factor * self.optimizer.lr_factor
+            of_optimizer = 1.0 if self.method.name == "zeroth" else self.optimizer.lr_factor
+            lr = self.method.default_lr * self.objective.lr_factor * of_optimizer
             filled["optimizer"] = self.optimizer.model_copy(update={"lr": float(f"{lr:.3g}")})
         if self.data.truncation == "auto":
             policy = "split" if self.objective.name == "pretrain" else "right"

@@ -143,4 +143,48 @@ class ChunkConfig(Section):
         return self
 
 
-AnyMethod = FullConfig | FreezeConfig | LoraConfig | ChunkConfig
+class ZerothConfig(Section):
+    """Tuning by scoring alone, without a backward pass: the loss at points near the parameters says which way to go (MeZO, LOZO
+    and FZOO are settings of it)."""
+
+    default_lr: ClassVar[float] = 1e-6
+    name: Literal["zeroth"] = "zeroth"
+    directions: Literal["low_rank", "dense"] = "low_rank"
+    """low_rank: products U Vᵀ in the blocks' linear layers (LOZO), whose states are scored in one pass; dense: every number
+    of every parameter on its own (MeZO), one pass a state."""
+    rank: PositiveInt = 2
+    """Of a low-rank direction."""
+    refresh_every: PositiveInt = 50
+    """Steps for which a low-rank direction keeps its V (LOZO's nu)."""
+    noise: Literal["gaussian", "rademacher"] = "gaussian"
+    """What directions are drawn from; rademacher: 1 or -1 (FZOO)."""
+    eps: Annotated[float, Field(gt=0)] = 1e-3
+    """How far from the parameters the loss is looked at, in units of a direction."""
+    queries: PositiveInt = 1
+    """Directions a step. Each costs one or two scorings of the batch, and they average."""
+    sides: Literal["two", "one"] = "two"
+    """two: forward and back along each direction; one: forward alone, against the loss at the parameters (FZOO)."""
+    scale: Literal["none", "std"] = "none"
+    """std: a step is divided by the standard deviation of the slopes along its directions (FZOO)."""
+    targets: tuple[str, ...] = ()
+    """What moves. low_rank: linear layers by the last part of their name or a shell pattern; default: all of the blocks.
+    dense: shell patterns of parameters; default: all."""
+    scorer: Literal["auto", "batched", "in_place"] = "auto"
+    """How the states of a step are scored. batched: all in one pass, the weights read once and never written; in_place: each
+    in turn, put into the weights; auto: batched where directions are of low rank."""
+    fold: Literal["auto", "never"] = "auto"
+    """When gathered low-rank updates are put into the weights. auto: when V is renewed, for 16-bit weights less often, for
+    quantized ones never; never: they stay beside them, and each renewal adds columns to every pass."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.scale == "std" and self.queries < 2:
+            raise ValueError(
+                "scale: std needs several directions to know their spread: set queries to 2 or more (FZOO: 8)"
+            )
+        if self.directions == "dense" and self.scorer == "batched":
+            raise ValueError("scorer: batched scores states of low rank; with directions: dense, leave it at auto")
+        return self
+
+
+AnyMethod = FullConfig | FreezeConfig | LoraConfig | ChunkConfig | ZerothConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tunesmith.engines import SingleEngine
 from tunesmith.methods import Method
+from tunesmith.models.low_rank import Probe
 from tunesmith.objectives import Objective
 from tunesmith.types import Batch
 
@@ -37,17 +38,28 @@ class Learner:
         """One update on one prepared batch."""
         count = self.engine.sum(objective.count(batch)).clamp(min=1)
 
-        def loss_fn(micro_batch: Batch) -> tuple[Tensor, Metrics]:
+        def loss_fn(micro_batch: Batch, probes: Sequence[Probe] = ()) -> tuple[Tensor, Metrics]:
             micro_batch = micro_batch.to(self.engine.device)
+            if probes:
+                return self._losses(objective, micro_batch, probes, count)
             scores = self.engine.score(self.model, micro_batch, objective.wanted)
             loss, metrics = objective.loss(scores, micro_batch)
             return loss / count, metrics
 
-        metrics = quotients(self.method.step(loss_fn, batch.split(self.micro_batch_tokens), lr))
+        metrics = quotients(self.method.step(loss_fn, batch.split(self.micro_batch_tokens // self.method.copies), lr))
         metrics |= objective.derived(metrics)
         objective.update(metrics)
         tokens = {"target_tokens": (batch.weights_BT != 0).sum(), "tokens": batch.num_tokens()}
         return metrics | {name: self.engine.sum(number) for name, number in tokens.items()}
+
+    def _losses(
+        self, objective: Objective, micro_batch: Batch, probes: Sequence[Probe], count: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """The loss at each of K states [K], and metrics averaged over them."""
+        scorer = self.method.scorer  # type: ignore[attr-defined]
+        found = [objective.loss(scores, micro_batch) for scores in scorer.score(micro_batch, objective.wanted, probes)]
+        losses_K = torch.stack([loss.double() for loss, _ in found]) / count
+        return losses_K, {name: torch.stack([metrics[name] for _, metrics in found]).mean(0) for name in found[0][1]}
 
     @torch.no_grad()
     def evaluate(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:

@@ -57,7 +57,8 @@ def _smooth(values: list[float]) -> list[float]:
 
 def _text(folder: RunFolder, steps: list[dict[str, Any]], evals: list[dict[str, Any]], manifest: dict[str, Any]) -> str:
     lines = [f"# {folder.path.name}", ""]
-    lines += [f"- **{name}**: {text}" for name, text in manifest.get("header", [])]
+    for name, text in manifest.get("header", []):
+        lines.append(f"- **{name}**: {text}" if name else f"  {text}")  # without a name it goes on with the line above
     if steps:
         speed = short_number(median(event["tokens_per_s"] for event in steps))
         lines.append(f"- **steps**: {steps[-1]['step']}, at {speed} tokens/s (median)")

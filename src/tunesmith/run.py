@@ -36,7 +36,7 @@ from tunesmith.models.score import has_router
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.report import write_report
 from tunesmith.run_data import open_data
-from tunesmith.run_folder import EventLog, RunFolder, write_folder
+from tunesmith.run_folder import EventLog, RunFolder, read_events, write_folder
 from tunesmith.schedules import build_schedule
 from tunesmith.score_store import INDEX
 
@@ -92,13 +92,14 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     check(config)
     with reading(console) as watch:
         run = build(config, watch)
-    start = _restore(run, folder, console) if resume else 0
+    saved = _restore(run, folder, console) if resume else 0
     facts = describe(run)
     header(console, f"tunesmith → {folder.path}", facts)
     folder.claim(run.config)
     folder.write_manifest(manifest(run, facts))
 
     config, learner = run.config, run.learner
+    start = _keep_log(run, folder, saved)
     assert config.optimizer.lr is not None, "RunConfig fills it"
     events = EventLog(folder.events, folder.path / "tensorboard" if _wants_tensorboard(config) else None)
     events.write("resume" if resume else "start", step=start, steps=run.steps)
@@ -106,7 +107,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     log = Log(events, progress, config.log.every_steps)
     held_out = evaluation_batches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack, run.share)
     evaluate = Evaluate(run.objective, run.helpers, held_out, log, config.evaluate.every_steps)
-    checkpoint = Checkpoint(folder, log, config.checkpoint, run.objective, saved=start)
+    checkpoint = Checkpoint(folder, log, config.checkpoint, run.objective, saved=saved)
     with progress, StopRequest() as stop:
         if start == 0:
             evaluate.measure(0, learner)
@@ -207,8 +208,7 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     objective = build_objective(config.objective)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = load_model(config.model, dtype, objective.head, objective.num_labels)
+    model = load_model(config.model, model_dtype(precision), objective.head, objective.num_labels)
     _check_fits(config, model, objective, samples, held_out)
     pack = config.data.pack if config.data.pack is not None else device.type != "cpu"
     pack = pack and data.can_pack and isolates_sequences(model)
@@ -234,6 +234,11 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     fingerprint = samples.fingerprint() + held_out.fingerprint()
     helpers = build_helpers(config, objective, learner, every, fingerprint, watch)
     return Run(config, tokenizer, objective, samples, held_out, learner, pack, share, helpers, batches, data.steps)
+
+
+def model_dtype(precision: str) -> torch.dtype:
+    """Of the weights of the model that trains."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _may_share(config: RunConfig, model: Any, pack: bool, *sets: Samples) -> bool:
@@ -291,6 +296,26 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
     run.objective.load_state_dict(state.pop("objective", {}))
     run.learner.method.load_state_dict(state)
     return step
+
+
+def _keep_log(run: Run, folder: RunFolder, start: int) -> int:
+    """Let the method keep its log, if it keeps one; returns the updates done, which a log knows later than a checkpoint."""
+    about = {"base_weights_hash": weights_hash(model_source(run.config.model)), "seed": run.config.seed}
+    has_learnt = bool(run.objective.state_dict())  # and that is in checkpoints alone
+    found = run.learner.method.keep_log(folder.updates, about, start if has_learnt else _told(folder, run.config))
+    if found is not None and found > run.steps:
+        raise UserError(f"train.steps: {run.steps} are to be done, but {folder.path} has done {found}; ask for more")
+    return start if found is None else found
+
+
+def _told(folder: RunFolder, config: RunConfig) -> int:
+    """The last step of which events.jsonl has all that there is to tell; a process may die between a step and its event."""
+    events = read_events(folder.events)
+    step, evaluated = ({event["step"] for event in events if event["event"] == kind} | {0} for kind in ("step", "eval"))
+    last, every = max(step), config.evaluate.every_steps
+    if every and last % every == 0 and last not in evaluated:
+        return last - 1
+    return last + config.log.every_steps - 1
 
 
 def _save_model(run: Run, folder: Path) -> None:

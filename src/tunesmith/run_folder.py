@@ -36,6 +36,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def updates(self) -> Path:
+        """The log of a zeroth-order run's updates."""
+        return self.path / "updates.log"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -171,6 +171,30 @@ class Batch:
             sequence_columns={**self.sequence_columns, **(sequences or {})},
         )
 
+    def tile(self, copies: int) -> Batch:
+        """The batch so many times, copy after copy; each copy's sequences are further ones."""
+        import torch  # configurations are read, and this module with them, without it
+
+        if copies == 1:
+            return self
+        number = len(self.sample_N)
+
+        def again(x: Tensor) -> Tensor:
+            return x.repeat(copies, *[1] * (x.ndim - 1))
+
+        def shifted(x: Tensor, by: Any) -> Tensor:
+            copy = torch.arange(copies, device=x.device).repeat_interleave(len(x)).view(-1, *[1] * (x.ndim - 1))
+            return again(x) + by * copy
+
+        sequence_BT = shifted(self.sequence_BT, number)
+        return replace(
+            self._each(again),
+            sequence_BT=torch.where(again(self.sequence_BT) < 0, -1, sequence_BT),
+            group_N=shifted(self.group_N, self.group_N.max() + 1),
+            parent_N=None if self.parent_N is None else shifted(self.parent_N, number),
+            media_N=self.media_N * copies,
+        )
+
     def num_tokens(self) -> Tensor:
         """Tokens that are not padding; int64 scalar."""
         return (self.sequence_BT >= 0).sum()
@@ -272,6 +296,24 @@ class Scores:
     balance_N: Tensor | None = None
     """For each sequence the load-balancing loss of a mixture of experts, 1 where experts are used evenly and with k experts
     a token k times that; 0 for sequences that are not here."""
+
+    def split(self, parts: int) -> list[Scores]:
+        """The scores of each copy of a batch that was tiled."""
+
+        def of(x: Tensor | None) -> Any:
+            return [None] * parts if x is None else x.chunk(parts)
+
+        return [
+            Scores(*each)
+            for each in zip(
+                self.logprobs_BT.chunk(parts),
+                of(self.token_loss_BT),
+                [{name: x.chunk(parts)[n] for name, x in self.observed.items()} for n in range(parts)],
+                of(self.values_BTC),
+                of(self.balance_N),
+                strict=True,
+            )
+        ]
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def test_a_budget_counts_what_always_trains() -> None:
             assert min(places) == -1 or not always
             assert budget.held + budget.activations.peak(min(places), places, on) <= 3_000_000
         top = {budget._block(span.name) for span in method.chunks[-1]}
-        assert budget._peak(method.chunks[-1], True) >= budget.activations.peak(
+        assert budget.peak(method.chunks[-1], True) >= budget.activations.peak(
             min(lowest or min(top), min(top)), top, True
         )
 

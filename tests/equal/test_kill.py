@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.product.test_product import equal_bits, final_state, losses, method_section
+from tests.product.test_product import equal_bits, final_state, losses, method_section, optimizer_section
 from tunesmith.config import RunConfig
 from tunesmith.config_file import config_from_dict
 from tunesmith.engines.checkpoint import checkpoints
@@ -37,6 +37,7 @@ def child(tree: dict[str, Any]) -> None:
 def test_killed_at_ten_random_instants(make_config: Callable[..., RunConfig], tmp_path: Path, method: str) -> None:
     settings = {
         "method": method_section(method),
+        "optimizer": optimizer_section(method),
         "train": {"steps": STEPS},
         "checkpoint": {"every_steps": 1, "keep": 2},
     }

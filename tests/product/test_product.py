@@ -26,8 +26,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "freeze": {"last_blocks": 1},
     "lora": {"rank": 4},
     "chunk": {"num_chunks": 2, "row_alignment": 8},
+    "zeroth": {"queries": 16, "refresh_every": 2},
 }
 """What a method cannot do without, or needs to learn something in a few steps of a tiny model."""
+
+OPTIMIZER: dict[str, dict[str, Any]] = {"zeroth": {"name": "sgd", "lr": 1e-2}}
+"""For methods that cannot do with AdamW."""
+
+SLOW = {("distill", "zeroth"): 8.0}
+"""Learning rate over the method's, where an objective's slopes are small."""
+
+STEPS = {"zeroth": 24}
+"""For methods that cannot do with 8."""
 
 
 Sections = Callable[[str], dict[str, Any]]
@@ -35,6 +45,11 @@ Sections = Callable[[str], dict[str, Any]]
 
 def method_section(name: str) -> dict[str, Any]:
     return {"name": name, **SETTINGS.get(name, {})}
+
+
+def optimizer_section(method: str, objective: str = "") -> dict[str, Any]:
+    section = OPTIMIZER.get(method, {"name": "adamw", "lr": 1e-2})
+    return {**section, "lr": section["lr"] * SLOW.get((objective, method), 1.0)}
 
 
 def losses(folder: Path) -> list[float]:
@@ -62,14 +77,16 @@ def equal_bits(a: Any, b: Any) -> bool:
 def test_the_loss_falls_and_nothing_else_moves(
     make_config: Callable[..., RunConfig], objective_sections: Sections, objective: str, method: str
 ) -> None:
+    steps = STEPS.get(method, 8)
     config = make_config(
-        **objective_sections(objective), method=method_section(method), train={"steps": 8, "batch_size": 24}
-    )
+        **objective_sections(objective), method=method_section(method), train={"steps": steps, "batch_size": 24},
+        optimizer=optimizer_section(method, objective),
+    )  # fmt: skip
     result = train(config)
     found = losses(result.folder)
-    assert len(found) == 8
+    assert len(found) == steps
     assert found[-1] < 0.95 * found[0]
-    assert result.eval_losses[8] < result.eval_losses[0]
+    assert result.eval_losses[steps] < result.eval_losses[0]
 
     run = build(config)
     trained = set(run.learner.method.params)
@@ -92,8 +109,9 @@ def test_resuming_gives_the_same_bits(
     """Six steps at once, and three, then three more in a new learner: with dropout and a cosine in between."""
     section = method_section(method) | ({"dropout": 0.2} if method == "lora" else {})
     whole = make_config(
-        **objective_sections(objective), method=section, train={"steps": 6}, checkpoint={"every_steps": 3, "keep": 9}
-    )
+        **objective_sections(objective), method=section, train={"steps": 6}, checkpoint={"every_steps": 3, "keep": 9},
+        optimizer=optimizer_section(method),
+    )  # fmt: skip
     train(whole)
     second = tmp_path / "second"
     second.mkdir()

@@ -21,7 +21,7 @@ from tunesmith.types import Batch, Scores, Wanted
 class SingleEngine:
     """Everything on one device."""
 
-    provides: ClassVar[frozenset[str]] = frozenset({"autograd"})
+    provides: ClassVar[frozenset[str]] = frozenset({"autograd", "probes"})
     reads: ClassVar[frozenset[str]] = frozenset({"logits", "values", "router", "embeddings"})
     """Parts of Scores beyond log-probabilities that `score` can give."""
     rank, world = 0, 1

@@ -8,8 +8,9 @@ from tunesmith.methods.chunk import Chunk
 from tunesmith.methods.freeze import Freeze
 from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora
+from tunesmith.methods.zeroth import Zeroth
 
-METHODS: dict[str, type[Method]] = {"full": Full, "freeze": Freeze, "lora": Lora, "chunk": Chunk}
+METHODS: dict[str, type[Method]] = {"full": Full, "freeze": Freeze, "lora": Lora, "chunk": Chunk, "zeroth": Zeroth}
 
 
 def build_method(config: RunConfig, extent: Extent | None = None) -> Method:

@@ -21,7 +21,8 @@ from tunesmith.plan.activations import Activations
 from tunesmith.types import Batch, Memory
 
 Metrics = dict[str, Tensor]
-LossFn = Callable[[Batch], tuple[Tensor, Metrics]]
+LossFn = Callable[..., tuple[Tensor, Metrics]]
+"""(micro-batch) → (loss, metrics); (micro-batch, probes) → (losses [K] in fp64, metrics), without gradient."""
 Shapes = Mapping[str, tuple[int, int]]
 """Of parameters by name: (elements, bytes per element)."""
 
@@ -90,6 +91,11 @@ class Method:
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert self.params, "adapt left nothing to train"
         self.optimizer = build_optimizer(self.optimizer_config, self.params, self.lr_multiple)
+
+    @property
+    def copies(self) -> int:
+        """How often a micro-batch is in the model at once."""
+        return 1
 
     def lr_multiple(self, name: str) -> float:
         """Learning rate of a parameter over that of the schedule."""
@@ -191,6 +197,11 @@ class Method:
             for name, p in self.params.items():
                 p.copy_(parameters[name])
         self.optimizer.load_state_dict(saved["optimizer"])
+
+    def keep_log(self, file: Path, about: Mapping[str, Any], at_most: int) -> int | None:
+        """For a method whose state is a log of its updates: keep it in this file from now on, and take those that it has beyond
+        a checkpoint, up to so many in all. Returns the updates done; None for all other methods."""
+        return None
 
     def save(self, folder: Path) -> None:
         """Write what transformers (or PEFT) loads as is."""

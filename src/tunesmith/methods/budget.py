@@ -66,8 +66,8 @@ class Budget:
                 if smallest is None:
                     raise
                 raise UserError(self._too_little(smallest)) from None
-            again = [self._peak(chunk, True) for chunk in chunks]
-            plain = again if self.checkpoints_anyway else [self._peak(chunk, False) for chunk in chunks]
+            again = [self.peak(chunk, True) for chunk in chunks]
+            plain = again if self.checkpoints_anyway else [self.peak(chunk, False) for chunk in chunks]
             best = max(map(min, plain, again))
             smallest = best if smallest is None else min(best, smallest)
             if best <= self.usable:
@@ -79,7 +79,8 @@ class Budget:
                 raise UserError(self._too_little(smallest))
             number += max(1, number // 8)
 
-    def _peak(self, chunk: Spans, checkpointing: bool) -> float:
+    def peak(self, chunk: Spans, checkpointing: bool) -> float:
+        """Bytes at the peak while a chunk trains."""
         together = (*chunk, *self.always)
         places = {self._block(span.name) for span in together}
         # the head's gradient is summed over pieces of the batch, beside the piece's own, both in fp32

@@ -1,0 +1,292 @@
+"""Tuning by scoring alone: no backward pass, no activations kept, no optimizer state of the weights' size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.display import short_number
+from tunesmith.errors import UserError
+from tunesmith.methods.base import EngineLike, LossFn, Method, Metrics, NonFiniteError, Shapes, matching
+from tunesmith.methods.directions import DenseDirections, LowRankDirections
+from tunesmith.methods.update_log import Update, UpdateLog, parse_updates, read_log
+from tunesmith.models.families import family_of
+from tunesmith.models.load import blocks, head_kind, value_head, value_head_name
+from tunesmith.models.low_rank import Probe, linear_layers
+from tunesmith.types import Batch, Memory
+
+CHECK_EVERY = 100
+"""Updates between two checksums in the log."""
+FLUSH_EVERY = 50
+"""Updates between two writes that survive the machine's death."""
+BANK_OF_16_BITS = 32
+"""Columns that gather before a fold into weights of 16 bits, which goes over a copy aside."""
+
+
+class Zeroth(Method):
+    """Zeroth-order tuning as an inference workload (arXiv 2605.28760), with MeZO (2305.17333), LOZO (2410.07698) and FZOO
+    (2506.09034) as settings.
+
+    A step scores one batch at K points near the parameters, θ ± ε z_q for each of Q random directions z_q. The slope
+    c_q = (L(θ + ε z_q) - L(θ - ε z_q)) / 2ε is the gradient along z_q, so Σ_q c_q z_q / Q is the gradient on average; of a
+    direction U Vᵀ of rank r, 1/r of that (E[V Vᵀ] = r I; LOZO's code leaves 1/r to the learning rate).
+    What is applied are the numbers in the log alone: replaying it makes the same weights without a forward pass.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"probes"})
+    needs_fp32_weights: ClassVar[bool] = False
+
+    def adapt(self, model: Any) -> None:
+        model.requires_grad_(False)
+
+    def bind(self, model: nn.Module, engine: EngineLike) -> None:
+        from tunesmith.scorers import SCORERS
+
+        self.engine, self.model = engine, model
+        seed = self.extent.seed
+        decay = self.optimizer_config.momentum
+        self.directions: LowRankDirections | DenseDirections
+        if self.config.directions == "low_rank":
+            layers = self._layers(model)
+            is_wide = all(layer.weight.element_size() >= 4 for layer in layers.values())  # type: ignore[operator]
+            bank = self.config.rank if is_wide else max(BANK_OF_16_BITS, self.config.rank)
+            if getattr(model, "is_quantized", False) or self.config.fold == "never":
+                bank = None
+            self.directions = LowRankDirections(
+                layers, rank=self.config.rank, refresh_every=self.config.refresh_every, kind=self.config.noise, seed=seed,
+                momentum=decay, bank_rank=bank, on_disk=not torch.accelerator.is_available(),
+            )  # fmt: skip
+        else:
+            chosen = matching(model, self.config.targets, "method.targets") if self.config.targets else None
+            moving = {n: p for n, p in model.named_parameters() if chosen is None or id(p) in chosen}
+            if any(p.element_size() < 4 for p in moving.values()):
+                raise UserError(
+                    "model.precision: dense directions move the weights themselves, and 16 bits would round the steps away; "
+                    "set it to mixed or fp32"
+                )
+            self.directions = DenseDirections(moving, kind=self.config.noise, seed=seed, momentum=decay, mask={})
+        self.params = self.directions.weights()
+        name = self.config.scorer
+        if name == "auto":
+            name = "batched" if self.config.directions == "low_rank" else "in_place"
+        self.scorer = SCORERS[name](model, engine, self.directions)  # type: ignore[arg-type]
+        self.scorer.check()
+        self.updates: list[Update] = []
+        self.log: UpdateLog | None = None
+        self.told = False
+
+    def _layers(self, model: Any) -> dict[str, nn.Module]:
+        """The linear layers of the blocks, or those that targets name; and a value head, which may start at random."""
+        inside = [pair for name, block in blocks(model) for pair in linear_layers(block, name)]
+        excluded = family_of(model.config.model_type).lora_excluded
+        layers = {name: layer for name, layer in inside if name.rpartition(".")[2] not in excluded}
+        if self.config.targets:
+            layers = {
+                name: layer
+                for name, layer in layers.items()
+                if any(
+                    fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern for pattern in self.config.targets
+                )
+            }
+        if not layers:
+            known = sorted({name.rpartition(".")[2] for name, _ in inside})
+            raise UserError(f"method.targets: no linear layer of a block is called so; there are {', '.join(known)}")
+        if head_kind(model) != "language":
+            layers[value_head_name(model)] = value_head(model)
+        return layers
+
+    @property
+    def probes(self) -> list[Probe]:
+        """The states of a step."""
+        eps, queries = self.config.eps, range(self.config.queries)
+        if self.config.sides == "one":
+            return [Probe(0, 0.0), *(Probe(q, eps) for q in queries)]
+        return [Probe(q, sign * eps) for q in queries for sign in (1, -1)]
+
+    @property
+    def copies(self) -> int:
+        """How often a micro-batch is in the model at once."""
+        return self.scorer.copies(len(self.probes))
+
+    @torch.no_grad()
+    def step(self, loss_fn: LossFn, micro_batches: Sequence[Batch], lr: float) -> Metrics:
+        was_training = self.model.training
+        self.model.eval()  # dropout would drown the difference between two states
+        number = len(self.updates)
+        checksum = self.directions.checksum() if number and number % CHECK_EVERY == 0 else 0
+        self.directions.begin(number, self.config.queries)
+        losses_K: Tensor | None = None
+        metrics: Metrics = {}
+        for micro_batch in micro_batches:
+            found_K, more = loss_fn(micro_batch, self.probes)
+            losses_K = found_K if losses_K is None else losses_K + found_K
+            for name, value in more.items():
+                metrics[name] = metrics.get(name, 0) + value
+        assert losses_K is not None, "a batch has a micro-batch"
+        losses_K = self.engine.sum(losses_K)
+        metrics = {name: self.engine.sum(value) for name, value in metrics.items()}
+        self.model.train(was_training)
+        if not torch.isfinite(losses_K).all():
+            raise NonFiniteError(f"a probe's loss is {losses_K[~torch.isfinite(losses_K)][0].item()}")
+        slopes = self._slopes(losses_K.tolist())
+        scale = lr / len(slopes) / (self._spread(slopes) if self.config.scale == "std" else 1.0)
+        self._apply(Update(number, tuple(scale * slope for slope in slopes), checksum))
+        metrics["loss"] = losses_K.mean()
+        metrics["slope"] = torch.tensor(sum(abs(slope) for slope in slopes) / len(slopes))
+        return metrics
+
+    def _slopes(self, losses: list[float]) -> list[float]:
+        """Of each query: the loss's change along its direction."""
+        eps = self.config.eps
+        if self.config.sides == "one":
+            slopes = [(loss - losses[0]) / eps for loss in losses[1:]]
+        else:
+            slopes = [(up - down) / (2 * eps) for up, down in zip(losses[::2], losses[1::2], strict=True)]
+        if not any(slopes) and not self.told:
+            self.told = True
+            warnings.warn(
+                f"method.eps: at step {len(self.updates) + 1} the loss is the same on all sides to the last bit, so nothing is "
+                f"learnt from it; if that goes on, raise method.eps (now {eps:g}) or train.batch_size, or hold the model in a "
+                "wider type (model.precision)",
+                stacklevel=2,
+            )
+        return slopes
+
+    @staticmethod
+    def _spread(slopes: list[float]) -> float:
+        """Standard deviation over the queries (FZOO, eq. 6, whose losses are eps times these slopes)."""
+        mean = sum(slopes) / len(slopes)
+        return max(1e-12, (sum((slope - mean) ** 2 for slope in slopes) / (len(slopes) - 1)) ** 0.5)
+
+    def _apply(self, update: Update) -> None:
+        """Write the update down, then take it; `directions` stand at its step."""
+        self.updates.append(update)
+        if self.log is not None:
+            self.log.append(update)
+            if len(self.updates) % FLUSH_EVERY == 0:
+                self.log.flush()
+        self.directions.move(update.coefficients)
+
+    def replay(self, updates: Sequence[Update]) -> None:
+        """Take updates that were found before. Raises UserError where they lead elsewhere."""
+        for update in updates:
+            assert update.step == len(self.updates), "a replay goes on where the updates end"
+            if update.checksum and update.checksum != self.directions.checksum():
+                raise UserError(
+                    f"the log does not lead to what it led to when it was written (checksum before update {update.step + 1}): "
+                    "it was made with another version or on another kind of machine"
+                )
+            self.directions.begin(update.step, len(update.coefficients))
+            self.updates.append(update)
+            self.directions.move(update.coefficients)
+
+    def keep_log(self, file: Path, about: Mapping[str, Any], at_most: int) -> int:
+        header = {**about, **self.identity()}
+        if file.exists():
+            before, known, lost = read_log(file)
+            if other := sorted(name for name in header if header[name] != before.get(name)):
+                raise UserError(
+                    f"{file}: was written for another run: {', '.join(other)} differ; put back what the run was begun with, or "
+                    "start a new one"
+                )
+            if lost:
+                warnings.warn(
+                    f"{file}: its last {lost} bytes are no whole record; the run goes on from update {len(known)}",
+                    stacklevel=2,
+                )
+            both = min(len(known), len(self.updates))
+            if known[:both] != self.updates[:both]:
+                raise UserError(
+                    f"{file}: does not agree with the checkpoint; move it away to go on from the checkpoint"
+                )
+            self.replay(known[both : max(both, at_most)])
+        self.log = UpdateLog(file, header, self.updates)
+        return len(self.updates)
+
+    def other_than(self, header: Mapping[str, Any]) -> list[str]:
+        """What is not as the header of a log says."""
+        return sorted(name for name, value in self.identity().items() if value != header.get(name))
+
+    def identity(self) -> dict[str, Any]:
+        """What a log's updates depend on, beside base weights and seed."""
+        config = self.config
+        kind = {"directions": config.directions, "noise": config.noise, "momentum": self.optimizer_config.momentum}
+        if config.directions == "low_rank":
+            kind |= {"rank": config.rank, "refresh_every": config.refresh_every}
+        shapes = [[name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in self.params.items()]
+        return {"version": 1, **kind, "weights": shapes}
+
+    def describe(self) -> str:
+        config, number = self.config, len(self.probes)
+        if config.directions == "dense":
+            what = f"{config.noise} directions over {short_number(sum(p.numel() for p in self.params.values()))} parameters"
+        else:
+            layers = len(self.directions.layers)  # type: ignore[union-attr]
+            what = (
+                f"directions of rank {config.rank} in {layers} linear layers, turned every {config.refresh_every} steps"
+            )
+        return f"{number} probes a step at eps {config.eps:g}; {what}"
+
+    def memory(self, shapes: Shapes) -> Memory:
+        return Memory(0, self.directions.state_bytes())
+
+    def state_dict(self) -> dict[str, Any]:
+        packed = b"".join(update.packed() for update in self.updates)
+        return {"updates": torch.frombuffer(bytearray(packed), dtype=torch.uint8) if packed else torch.empty(0)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        assert not self.updates, "updates are taken from the base model on"
+        updates, _ = parse_updates(bytes(saved["updates"].byte().numpy()))
+        self.replay(updates)
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        if isinstance(self.directions, LowRankDirections):
+            with self.directions.columns.off(), super().at_start():
+                yield
+        else:
+            with super().at_start():
+                yield
+
+    def save(self, folder: Path) -> None:
+        with self.directions.folded():
+            super().save(folder)
+
+    def save_adapter(self, folder: Path, base: str) -> None:
+        """Write what has gathered as a PEFT adapter of the base model; needs `fold: never`, so that all of it is there.
+
+        Its rank is that of a direction times the renewals of V.
+        """
+        import peft
+
+        directions = self.directions
+        if not isinstance(directions, LowRankDirections):
+            raise UserError("--adapter: dense directions have no low rank; write the whole model")
+        if directions.bank_rank is not None:
+            raise UserError(
+                "--adapter: what has been folded into the weights cannot be told from them; replay with fold: never"
+            )
+        if head_kind(self.model) != "language":
+            raise UserError(
+                "--adapter: a value head moves too, which the adapter would not hold; write the whole model"
+            )
+        rank = directions.columns.rank()
+        gathered = {name: directions.columns.of(name) for name in directions.layers if rank}
+        config = peft.LoraConfig(
+            r=max(1, rank), lora_alpha=max(1, rank), target_modules=list(directions.layers), task_type="CAUSAL_LM"
+        )
+        with directions.columns.off():
+            adapted: Any = peft.get_peft_model(self.model, config)
+            adapted.peft_config["default"].base_model_name_or_path = base
+            for name, (u, v) in gathered.items():
+                layer = adapted.base_model.model.get_submodule(name)
+                layer.lora_A["default"].weight.data = v.T.contiguous()
+                layer.lora_B["default"].weight.data = u.contiguous()
+            adapted.save_pretrained(folder)
