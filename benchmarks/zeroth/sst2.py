@@ -3,8 +3,8 @@
     python benchmarks/zeroth/sst2.py SST-2 [--sides ours "LOZO loop" …] [--steps 1000] [--picture docs/images/zeroth_sst2.png]
 
 SST-2 is a folder with train.tsv and test.tsv (columns sentence, label). Every side runs in a process of its own, in turn, on
-the same batches of 16; the loops take as many steps as --loop-steps, since they are slow. Accuracy is that on test.tsv, its time
-not counted. `ours` and the LOZO loop walk along the same directions, so their losses should agree.
+the same batches of 16; the loops take as many steps as --loop-steps, since they are slow. Accuracy is that on test.tsv; taking
+it is not in the seconds. `ours` and the LOZO loop walk along the same directions, so their losses should agree.
 """
 
 from __future__ import annotations

@@ -104,7 +104,10 @@ def read_log(file: Path) -> tuple[dict[str, Any], list[Update], int]:
     length = _CRC.unpack_from(content, len(MAGIC))[0] if len(content) >= start else len(content)
     text = content[start : start + length]
     if len(content) < start + length + _CRC.size or _CRC.unpack_from(content, start + length)[0] != zlib.crc32(text):
-        raise UserError(f"{file}: its header is damaged, so it cannot be told what it is of; go on from a checkpoint")
+        raise UserError(
+            f"{file}: its header is damaged, so it cannot be told what it is of; move it away, and go on from the "
+            "last checkpoint with --resume"
+        )
     updates, place = parse_updates(content, start + length + _CRC.size)
     return json.loads(text), updates, len(content) - place
 
