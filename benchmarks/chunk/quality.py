@@ -1,6 +1,6 @@
 """How well each method learns for equal tokens: held-out loss of SmolLM2-135M on gsm8k along the way.
 
-    python benchmarks/chunk/quality.py ../shared/data/gsm8k/train.jsonl [--steps 64] [--methods full chunk …] [--lr chunk=2e-4]
+    python benchmarks/chunk/quality.py ../shared/data/gsm8k/train.jsonl [--steps 256] [--methods full chunk …] [--lr chunk=1e-4]
                                        [--picture docs/images/chunk_quality.png]
 
 Every method takes the same batches from the same start, with fp32 weights. Prints a row each: learning rate,
@@ -25,7 +25,7 @@ from tunesmith.data.dataset import evaluation_batches
 from tunesmith.schedules import build_schedule
 
 LR = {
-    "full": 1e-4, "chunk": 2e-4, "chunk, reset": 2e-4, "chunk as BAdam": 2e-4, "badam": 2e-4, "lora": 1e-3, "galore": 1e-3,
+    "full": 5e-5, "chunk": 1e-4, "chunk, reset": 1e-4, "chunk as BAdam": 1e-4, "badam": 1e-4, "lora": 5e-4, "galore": 5e-4,
 }  # fmt: skip
 
 
@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(SIDES), default=list(LR))
     parser.add_argument("--lr", nargs="*", default=[], help="name=learning rate")
     parser.add_argument("--precision", choices=["fp32", "mixed"], default="fp32", help="mixed: where bf16 is fast.")
-    parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--eval-samples", type=int, default=64)
     parser.add_argument("--num-chunks", type=int, default=4)
