@@ -255,7 +255,7 @@ class RunConfig(Section):
     def _plain_steps_under_zeroth(cls, given: Any) -> Any:
         """Scoring gives a slope and not a gradient of each number: without another word the optimizer is sgd."""
         method = given.get("method") if isinstance(given, dict) else None
-        name = method.get("name") if isinstance(method, dict) else method
+        name = method.get("name") if isinstance(method, dict) else getattr(method, "name", method)
         optimizer = given.get("optimizer", {}) if name == "zeroth" else None
         if isinstance(optimizer, dict) and "name" not in optimizer:
             return {**given, "optimizer": {"name": "sgd", **optimizer}}
@@ -298,6 +298,8 @@ class RunConfig(Section):
             )
         if self.optimizer.weight_decay:
             raise ValueError("optimizer.weight_decay: zeroth moves the weights along its directions alone; set it to 0")
+        if getattr(self.objective, "neftune_alpha", 0):
+            raise ValueError("objective.neftune_alpha: noise is off while zeroth scores; set it to 0")
         if self.engine.compile:
             raise ValueError(
                 "engine.compile: the states that zeroth scores are not seen by compiled blocks; leave it out"

@@ -173,8 +173,8 @@ class ZerothConfig(Section):
     """How the states of a step are scored. batched: all in one pass, the weights read once and never written; in_place: each
     in turn, put into the weights; auto: batched where directions are of low rank."""
     fold: Literal["auto", "never"] = "auto"
-    """When gathered low-rank updates are put into the weights. auto: when V is renewed, for 16-bit weights less often, for
-    quantized ones never; never: they stay beside them, and each renewal adds columns to every pass."""
+    """When gathered low-rank updates are put into the weights. auto: when V is renewed, for 16-bit weights less often; never:
+    they stay beside them, and each renewal adds columns to every pass."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

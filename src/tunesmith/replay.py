@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 
 from tunesmith.engines import build_engine
@@ -16,7 +17,7 @@ from tunesmith.methods.update_log import read_log
 from tunesmith.methods.zeroth import Zeroth
 from tunesmith.models.load import load_model, load_tokenizer, model_source
 from tunesmith.objectives import build_objective
-from tunesmith.run import model_dtype
+from tunesmith.run import model_dtype, pad_for_value_head
 from tunesmith.run_folder import RunFolder, write_folder
 
 
@@ -52,6 +53,7 @@ def replay(
 
     method = config.method.model_copy(update={"scorer": "in_place", **({"fold": "never"} if form == "adapter" else {})})
     objective = build_objective(config.objective)
+    torch.manual_seed(header["seed"])  # a value head of its own starts as it did in the run
     model = load_model(config.model, model_dtype(config.model.precision), objective.head, objective.num_labels)
     config = config.model_copy(update={"method": method})
     learner = Learner(
@@ -68,7 +70,10 @@ def replay(
             zeroth.save_adapter(aside, config.model.path)
         else:
             zeroth.save(aside)
-        load_tokenizer(config.model).save_pretrained(aside)
+        tokenizer = load_tokenizer(config.model)
+        if objective.head != "language":
+            pad_for_value_head(tokenizer)
+        tokenizer.save_pretrained(aside)
 
     write_folder(output, write)
     console.print(f"the {form} after {number} updates is in {output}", highlight=False)

@@ -199,7 +199,9 @@ def _scores_are_there(config: RunConfig) -> bool:
 def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
     device = find_device(config.engine.device)
-    precision = find_precision(config.model.precision, device, METHODS[config.method.name].needs_fp32_weights)
+    is_dense = getattr(config.method, "directions", "") == "dense"  # steps that 16 bits would round away
+    needs_fp32 = METHODS[config.method.name].needs_fp32_weights or is_dense
+    precision = find_precision(config.model.precision, device, needs_fp32)
     config = _with(config, "model", precision=precision)
     data = open_data(config, watch)
     config, samples, held_out, tokenizer = data.config, data.samples, data.held_out, data.renderer.tokenizer
@@ -312,19 +314,26 @@ def _told(folder: RunFolder, config: RunConfig) -> int:
     """The last step of which events.jsonl has all that there is to tell; a process may die between a step and its event."""
     events = read_events(folder.events)
     step, evaluated = ({event["step"] for event in events if event["event"] == kind} | {0} for kind in ("step", "eval"))
-    last, every = max(step), config.evaluate.every_steps
-    if every and last % every == 0 and last not in evaluated:
-        return last - 1
-    return last + config.log.every_steps - 1
+    last = max(step)
+    reach = last + config.log.every_steps - 1  # up to here no step event was due
+    if every := config.evaluate.every_steps:
+        due = next((n for n in range(last, reach + 1) if n and n % every == 0 and n not in evaluated), reach + 1)
+        return min(reach, due - 1)
+    return reach
 
 
 def _save_model(run: Run, folder: Path) -> None:
     run.learner.method.save(folder)
     if run.samples.processor is not None:
         run.samples.processor.save(folder)
-    if run.objective.head != "language":  # transformers finds a text's end by the padding behind it
-        run.tokenizer.pad_token = run.tokenizer.convert_ids_to_tokens(padding_token(run.tokenizer))
+    if run.objective.head != "language":
+        pad_for_value_head(run.tokenizer)
     run.tokenizer.save_pretrained(folder)
+
+
+def pad_for_value_head(tokenizer: Any) -> None:
+    """Give the tokenizer a padding token: transformers finds a text's end by the padding behind it."""
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_token(tokenizer))
 
 
 def _wants_tensorboard(config: RunConfig) -> bool:

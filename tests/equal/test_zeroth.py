@@ -497,6 +497,51 @@ def test_the_log_gives_any_model_of_the_run(
     assert (tmp_path / "six/model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
 
 
+def test_the_log_gives_a_reward_model_with_its_random_head(
+    make_config: Callable[..., RunConfig], objective_sections: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    result = train(make_config(**objective_sections("reward"), **settings_of_run()))
+    replay(result.folder, None, tmp_path / "last")
+    for name in ("model.safetensors", "tokenizer_config.json"):
+        assert (tmp_path / "last" / name).read_bytes() == (result.folder / "model" / name).read_bytes()
+
+
+def test_no_update_at_all_is_the_base_model(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    result = train(make_config(**settings_of_run()))
+    replay(result.folder, 0, tmp_path / "none")
+    base, none = (load_file(Path(path) / "model.safetensors") for path in (make_config().model.path, tmp_path / "none"))
+    assert equal_bits(base, none)
+
+
+def test_equal_slopes_make_no_step_under_std() -> None:
+    learner = learner_of(make_model("llama"), sides="one", queries=3, scale="std")
+    method: Any = learner.method
+    assert method._spread([0.5, 0.5, 0.5]) == float("inf")
+    method._slopes = lambda losses: [0.5, 0.5, 0.5 + 1e-9]
+    before = whole_weights(learner)
+    steps(learner, 1)
+    assert equal_bits(before, whole_weights(learner))
+
+
+def test_events_that_are_told_less_often_hold_no_evaluation_back(make_config: Callable[..., RunConfig]) -> None:
+    from tunesmith.run import _told
+    from tunesmith.run_folder import EventLog, RunFolder
+
+    config = make_config(**settings_of_run(evaluate={"every_steps": 5}, log={"every_steps": 10}))
+    folder = RunFolder(Path(config.output))
+    folder.path.mkdir()
+    events = EventLog(folder.events)
+    assert _told(folder, config) == 4  # the evaluation at 5 is missing
+    events.write("eval", step=5, loss=1.0)
+    assert _told(folder, config) == 9
+    events.write("step", step=10, loss=1.0)
+    assert _told(folder, config) == 9  # and that at 10
+    events.write("eval", step=10, loss=1.0)
+    assert _told(folder, config) == 14
+
+
 def test_the_log_gives_an_adapter(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
@@ -562,6 +607,7 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
 REFUSED = {
     "adamw": ({"optimizer": {"name": "adamw"}}, "wants a gradient of each number"),
     "decay": ({"optimizer": {"name": "sgd", "weight_decay": 0.1}}, "weight_decay: zeroth moves"),
+    "neftune": ({"objective": {"name": "sft", "neftune_alpha": 5}}, "neftune_alpha: noise is off"),
     "compile": ({"engine": {"compile": True}}, "engine.compile"),
     "std": ({"method": {"name": "zeroth", "scale": "std"}}, "queries to 2"),
     "dense": ({"method": {"name": "zeroth", "directions": "dense", "scorer": "batched"}}, "scorer: batched"),

@@ -128,6 +128,8 @@ class LowRankDirections:
     @torch.no_grad()
     def fold(self) -> None:
         """Put all that has gathered into the weights, and empty the bank."""
+        if not self.columns.rank():
+            return
         for index, (name, layer) in enumerate(self.layers.items()):
             u, v = self.columns.of(name)
             weight: Any = layer.weight

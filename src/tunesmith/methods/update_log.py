@@ -28,7 +28,8 @@ _HEAD, _CRC = struct.Struct("<IHI"), struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Update:
-    """θ ← θ - Σ_q coefficients[q] · direction_q of this step; learning rate and every other factor are in the coefficients."""
+    """θ ← θ - Σ_q coefficients[q] · direction_q of this step; learning rate and mean over queries are in the coefficients,
+    and of low-rank directions U Vᵀ a division by the rank is not."""
 
     step: int
     coefficients: tuple[float, ...]

@@ -86,7 +86,12 @@ class Zeroth(Method):
         """The linear layers of the blocks, or those that targets name; and a value head, which may start at random."""
         inside = [pair for name, block in blocks(model) for pair in linear_layers(block, name)]
         excluded = family_of(model.config.model_type).lora_excluded
-        layers = {name: layer for name, layer in inside if name.rpartition(".")[2] not in excluded}
+        layers: dict[str, nn.Module] = {}
+        seen: set[int] = set()
+        for name, layer in inside:  # blocks may share a layer: it moves once
+            if name.rpartition(".")[2] not in excluded and id(layer.weight) not in seen:
+                layers[name] = layer
+                seen.add(id(layer.weight))
         if self.config.targets:
             layers = {
                 name: layer
@@ -161,9 +166,11 @@ class Zeroth(Method):
 
     @staticmethod
     def _spread(slopes: list[float]) -> float:
-        """Standard deviation over the queries (FZOO, eq. 6, whose losses are eps times these slopes)."""
+        """Standard deviation over the queries (FZOO, eq. 6; its losses are eps times these slopes); inf where they are equal."""
         mean = sum(slopes) / len(slopes)
-        return max(1e-12, (sum((slope - mean) ** 2 for slope in slopes) / (len(slopes) - 1)) ** 0.5)
+        spread = (sum((slope - mean) ** 2 for slope in slopes) / (len(slopes) - 1)) ** 0.5
+        largest = max(map(abs, slopes))
+        return spread if spread > 1e-3 * largest else float("inf")  # slopes that are equal but for rounding: no step
 
     def _apply(self, update: Update) -> None:
         """Write the update down, then take it; `directions` stand at its step."""

@@ -65,7 +65,7 @@ class LowRankColumns:
 
     def rank(self) -> int:
         """Columns that have gathered."""
-        return sum(v.shape[1] for _, v in next(iter(self.pairs.values())))
+        return sum(v.shape[1] for _, v in next(iter(self.pairs.values()), []))
 
     def of(self, name: str) -> Pair:
         """All blocks of a layer side by side: (U [O, R], V [I, R])."""
