@@ -166,7 +166,7 @@ class Zeroth(Method):
 
     @staticmethod
     def _spread(slopes: list[float]) -> float:
-        """Standard deviation over the queries (FZOO, eq. 6; its losses are eps times these slopes); inf where they are equal."""
+        """Standard deviation over the queries (FZOO, eq. 6, whose losses are eps times these); inf if all are equal."""
         mean = sum(slopes) / len(slopes)
         spread = (sum((slope - mean) ** 2 for slope in slopes) / (len(slopes) - 1)) ** 0.5
         largest = max(map(abs, slopes))
