@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -30,10 +34,20 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
+def in_own_process(file: str, *arguments: str, quiet: bool = False) -> Any:
+    """What the benchmark `file` prints last, as JSON, when it is run again with its own and these arguments. `quiet`: what it
+    says on the way is shown only if it fails."""
+    command = [sys.executable, file, *sys.argv[1:], *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed: {done.stderr or ''}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def print_machine() -> None:
     print(
         f"torch {torch.__version__} · {torch.get_num_threads()} threads · {platform.processor() or platform.machine()}"
     )
 
 
-__all__ = ["in_turn", "median", "perf_counter", "print_machine", "ratio"]
+__all__ = ["in_own_process", "in_turn", "median", "perf_counter", "print_machine", "ratio"]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
@@ -21,7 +20,7 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import median, print_machine
+from common import in_own_process, median, print_machine
 
 NAMES = (
     "full", "full, checkpointed", "chunk", "chunk, checkpointed", "chunk, in a budget", "chunk, reset", "lora", "badam",
@@ -98,11 +97,7 @@ def main() -> None:
     found: dict[str, list[dict]] = {name: [] for name in args.methods}
     for _ in range(args.rounds):
         for name in args.methods:
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{name}: {done.stderr}")
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            found[name].append(in_own_process(__file__, "--side", name, quiet=True))
     reference = "full, checkpointed"
     print(f"{'':20} weights   over them: measured   foreseen   of it memory()   s/step   over {reference}")
     for name, runs in found.items():

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import median, print_machine
+from common import in_own_process, median, print_machine
 
 SIDES = ("ours", "ours, in place", "LOZO loop", "MeZO loop", "lora")
 RATES = {"ours": 2e-5, "ours, in place": 2e-5, "LOZO loop": 2e-5, "MeZO loop": 1e-6, "lora": 2e-4}
@@ -116,17 +116,11 @@ def main() -> None:
         return
     print_machine()
     found = json.loads(args.save.read_text()) if args.save and args.save.exists() else {}
-    from tempfile import TemporaryDirectory
-
     with TemporaryDirectory() as folder:
         template = Path(folder) / "prompt.jinja"
         template.write_text(TEMPLATE)
         for name in args.sides:
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", name, "--template", str(template)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                sys.exit(f"{name} failed")
-            found[name] = json.loads(done.stdout.splitlines()[-1])
+            found[name] = in_own_process(__file__, "--side", name, "--template", str(template))
             if args.save:
                 args.save.write_text(json.dumps(found))
     print(f"{'':16}     lr  accuracy                    steps   steps/s   over the LOZO loop   loss of steps 1 to 40")

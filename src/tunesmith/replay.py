@@ -13,7 +13,7 @@ from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.manifest import weights_hash
 from tunesmith.methods import Extent, build_method
-from tunesmith.methods.update_log import read_log
+from tunesmith.methods.update_log import differing, read_log
 from tunesmith.methods.zeroth import Zeroth
 from tunesmith.models.load import load_model, load_tokenizer, model_source
 from tunesmith.objectives import build_objective
@@ -61,7 +61,7 @@ def replay(
     )
     zeroth = learner.method
     assert isinstance(zeroth, Zeroth), "the configuration says so"
-    if other := zeroth.other_than(header):
+    if other := differing(zeroth.identity(), header):
         raise UserError(f"{run.updates}: was written for another run: {', '.join(other)} differ")
     zeroth.replay(updates[:number])
 

@@ -199,8 +199,7 @@ def _scores_are_there(config: RunConfig) -> bool:
 def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
     device = find_device(config.engine.device)
-    is_dense = getattr(config.method, "directions", "") == "dense"  # steps that 16 bits would round away
-    needs_fp32 = METHODS[config.method.name].needs_fp32_weights or is_dense
+    needs_fp32 = METHODS[config.method.name].needs_fp32_weights(config.method)
     precision = find_precision(config.model.precision, device, needs_fp32)
     config = _with(config, "model", precision=precision)
     data = open_data(config, watch)
@@ -302,9 +301,11 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
 
 def _keep_log(run: Run, folder: RunFolder, start: int) -> int:
     """Let the method keep its log, if it keeps one; returns the updates done, which a log knows later than a checkpoint."""
-    about = {"base_weights_hash": weights_hash(model_source(run.config.model)), "seed": run.config.seed}
+    written = folder.read_manifest()
+    about = {name: written[name] for name in ("base_weights_hash", "seed")}
     has_learnt = bool(run.objective.state_dict())  # and that is in checkpoints alone
-    found = run.learner.method.keep_log(folder.updates, about, start if has_learnt else _told(folder, run.config))
+    at_most = _told(folder, run.config) if folder.updates.exists() and not has_learnt else start
+    found = run.learner.method.keep_log(folder.updates, about, at_most)
     if found is not None and found > run.steps:
         raise UserError(f"train.steps: {run.steps} are to be done, but {folder.path} has done {found}; ask for more")
     return start if found is None else found

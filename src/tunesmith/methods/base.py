@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -68,8 +68,6 @@ class Method:
     """What the engine must provide."""
     trains_all: ClassVar[bool] = False
     """Whether every parameter of the model trains at some time."""
-    needs_fp32_weights: ClassVar[bool] = True
-    """Whether the optimizer works on the model's own weights, which bf16 would round at each step."""
 
     def __init__(
         self, config: Any, optimizer_config: Any, max_grad_norm: float | None, extent: Extent = Extent()
@@ -79,6 +77,11 @@ class Method:
         self.max_grad_norm = max_grad_norm
         self.extent = extent
         self.start: dict[str, Tensor] | None = None
+
+    @classmethod
+    def needs_fp32_weights(cls, config: Any) -> bool:
+        """Whether the updates go to the model's own weights, which bf16 would round at each step; `config`: the method's."""
+        return True
 
     def adapt(self, model: Any) -> None:
         """Choose or insert what trains. Runs before the engine places the model."""
@@ -132,15 +135,23 @@ class Method:
         self.optimizer.step(lr)
 
     def gradient(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> Metrics:
-        """Sum the micro-batches' gradients into `.grad`: the one place where accumulation is written."""
-        metrics: Metrics = {}
-        for p in self.active().values():
-            p.grad = None
-        for micro_batch in micro_batches:
+        """Sum the micro-batches' gradients into `.grad`."""
+
+        def part(micro_batch: Batch) -> Metrics:
             loss, more = loss_fn(micro_batch)
             if loss.requires_grad:  # not if what trains now has no part in it, as an expert or a tower may not
                 loss.backward()
-            for name, value in {"loss": loss.detach(), **more}.items():
+            return {"loss": loss.detach(), **more}
+
+        for p in self.active().values():
+            p.grad = None
+        return self.total(part(micro_batch) for micro_batch in micro_batches)
+
+    def total(self, parts: Iterable[Metrics]) -> Metrics:
+        """What micro-batches say, summed over them and over ranks: the one place where accumulation is written."""
+        metrics: Metrics = {}
+        for part in parts:
+            for name, value in part.items():
                 metrics[name] = metrics.get(name, 0) + value
         return {name: self.engine.sum(value) for name, value in metrics.items()}
 

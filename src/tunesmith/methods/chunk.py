@@ -43,7 +43,10 @@ class Chunk(Method):
     """
 
     trains_all: ClassVar[bool] = True
-    needs_fp32_weights: ClassVar[bool] = False
+
+    @classmethod
+    def needs_fp32_weights(cls, config: Any) -> bool:
+        return False
 
     def adapt(self, model: Any) -> None:
         if getattr(model, "is_quantized", False) or not all(p.is_floating_point() for p in model.parameters()):

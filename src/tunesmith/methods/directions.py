@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,14 @@ class Directions(Protocol):
 
     def checksum(self) -> int:
         """CRC-32 of what has gathered and is not yet in the weights; 0 where everything is."""
+        ...
+
+    def folded(self) -> AbstractContextManager[None]:
+        """Inside, the weights are all there is: for saving. Afterwards they have the bits that they had."""
+        ...
+
+    def off(self) -> AbstractContextManager[None]:
+        """Inside, the model is as its weights say."""
         ...
 
     def state_bytes(self) -> int:
@@ -167,7 +175,6 @@ class LowRankDirections:
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Inside, the weights are all there is: for saving. Afterwards they have the bits that they had."""
         before = {name: p.detach().cpu().clone() for name, p in self.weights().items()}
         masters = {name: master.clone() for name, master in self.masters.items()}
         columns = {name: list(pairs) for name, pairs in self.columns.pairs.items()}
@@ -182,6 +189,9 @@ class LowRankDirections:
             self.columns.pairs = columns
             self.columns.changed()
 
+    def off(self) -> AbstractContextManager[None]:
+        return self.columns.off()
+
     def state_bytes(self) -> int:
         numbers = sum(sum(layer_sizes(layer)) for layer in self.layers.values()) * self.rank
         momentum = sum(layer_sizes(layer)[0] for layer in self.layers.values()) * self.rank if self.decay else 0
@@ -192,17 +202,8 @@ class LowRankDirections:
 class DenseDirections:
     """Directions over whole parameters, each number drawn for itself (MeZO, Malladi et al. 2023, arXiv 2305.17333)."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        *,
-        kind: Noise,
-        seed: int,
-        momentum: float,
-        mask: Mapping[str, Tensor],
-    ) -> None:
-        """mask: for parameters by name, True where they move; whole where they have none."""
-        self.parameters, self.kind, self.seed, self.decay, self.mask = dict(parameters), kind, seed, momentum, mask
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, kind: Noise, seed: int, momentum: float) -> None:
+        self.parameters, self.kind, self.seed, self.decay = dict(parameters), kind, seed, momentum
         self.places = {name: index for index, name in enumerate(self.parameters)}
         self.momentum: dict[str, Tensor] = {}
         self.step = 0
@@ -212,10 +213,8 @@ class DenseDirections:
 
     def direction(self, name: str, query: int) -> Tensor:
         p = self.parameters[name]
-        drawn = noise(
-            self.kind, key_of(self.seed, DENSE, self.step, query, self.places[name]), tuple(p.shape), p.device
-        )
-        return drawn * self.mask[name] if name in self.mask else drawn
+        key = key_of(self.seed, DENSE, self.step, query, self.places[name])
+        return noise(self.kind, key, tuple(p.shape), p.device)
 
     @torch.no_grad()
     def move(self, coefficients: Sequence[float]) -> None:
@@ -236,9 +235,11 @@ class DenseDirections:
     def checksum(self) -> int:
         return 0
 
-    @contextmanager
-    def folded(self) -> Iterator[None]:
-        yield
+    def folded(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def off(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def state_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.parameters.values()) if self.decay else 0

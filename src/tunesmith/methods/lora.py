@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +29,9 @@ class Lora(Method):
     A value head trains in full, in fp32, and is saved with the adapter.
     """
 
-    needs_fp32_weights: ClassVar[bool] = False
+    @classmethod
+    def needs_fp32_weights(cls, config: Any) -> bool:
+        return False
 
     def adapt(self, model: Any) -> None:
         import peft

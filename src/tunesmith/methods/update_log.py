@@ -15,7 +15,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,11 @@ def read_log(file: Path) -> tuple[dict[str, Any], list[Update], int]:
         )
     updates, place = parse_updates(content, start + length + _CRC.size)
     return json.loads(text), updates, len(content) - place
+
+
+def differing(header: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What the header of a log says otherwise."""
+    return sorted(name for name, value in header.items() if value != other.get(name))
 
 
 def parse_updates(content: bytes, place: int = 0) -> tuple[list[Update], int]:

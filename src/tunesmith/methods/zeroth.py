@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tunesmith.display import short_number
 from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, LossFn, Method, Metrics, NonFiniteError, Shapes, matching
-from tunesmith.methods.directions import DenseDirections, LowRankDirections
-from tunesmith.methods.update_log import Update, UpdateLog, parse_updates, read_log
+from tunesmith.methods.directions import DenseDirections, Directions, LowRankDirections
+from tunesmith.methods.update_log import Update, UpdateLog, differing, parse_updates, read_log
 from tunesmith.models.families import family_of
 from tunesmith.models.load import blocks, head_kind, value_head, value_head_name
 from tunesmith.models.low_rank import Probe, linear_layers
@@ -41,7 +41,10 @@ class Zeroth(Method):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"probes"})
-    needs_fp32_weights: ClassVar[bool] = False
+
+    @classmethod
+    def needs_fp32_weights(cls, config: Any) -> bool:
+        return config.directions == "dense"
 
     def adapt(self, model: Any) -> None:
         model.requires_grad_(False)
@@ -52,7 +55,7 @@ class Zeroth(Method):
         self.engine, self.model = engine, model
         seed = self.extent.seed
         decay = self.optimizer_config.momentum
-        self.directions: LowRankDirections | DenseDirections
+        self.directions: Directions
         if self.config.directions == "low_rank":
             layers = self._layers(model)
             is_wide = all(layer.weight.element_size() >= 4 for layer in layers.values())  # type: ignore[operator]
@@ -71,7 +74,7 @@ class Zeroth(Method):
                     "model.precision: dense directions move the weights themselves, and 16 bits would round the steps away; "
                     "set it to mixed or fp32"
                 )
-            self.directions = DenseDirections(moving, kind=self.config.noise, seed=seed, momentum=decay, mask={})
+            self.directions = DenseDirections(moving, kind=self.config.noise, seed=seed, momentum=decay)
         self.params = self.directions.weights()
         name = self.config.scorer
         if name == "auto":
@@ -127,16 +130,9 @@ class Zeroth(Method):
         number = len(self.updates)
         checksum = self.directions.checksum() if number and number % CHECK_EVERY == 0 else 0
         self.directions.begin(number, self.config.queries)
-        losses_K: Tensor | None = None
-        metrics: Metrics = {}
-        for micro_batch in micro_batches:
-            found_K, more = loss_fn(micro_batch, self.probes)
-            losses_K = found_K if losses_K is None else losses_K + found_K
-            for name, value in more.items():
-                metrics[name] = metrics.get(name, 0) + value
-        assert losses_K is not None, "a batch has a micro-batch"
-        losses_K = self.engine.sum(losses_K)
-        metrics = {name: self.engine.sum(value) for name, value in metrics.items()}
+        found = (loss_fn(micro_batch, self.probes) for micro_batch in micro_batches)
+        metrics = self.total({"losses": losses_K, **more} for losses_K, more in found)
+        losses_K = metrics.pop("losses")
         self.model.train(was_training)
         if not torch.isfinite(losses_K).all():
             raise NonFiniteError(f"a probe's loss is {losses_K[~torch.isfinite(losses_K)][0].item()}")
@@ -182,7 +178,7 @@ class Zeroth(Method):
         self.directions.move(update.coefficients)
 
     def replay(self, updates: Sequence[Update]) -> None:
-        """Take updates that were found before. Raises UserError where they lead elsewhere."""
+        """Take updates that were found before, with no log open yet. Raises UserError where they lead elsewhere."""
         for update in updates:
             assert update.step == len(self.updates), "a replay goes on where the updates end"
             if update.checksum and update.checksum != self.directions.checksum():
@@ -191,14 +187,13 @@ class Zeroth(Method):
                     "it was made with another version or on another kind of machine"
                 )
             self.directions.begin(update.step, len(update.coefficients))
-            self.updates.append(update)
-            self.directions.move(update.coefficients)
+            self._apply(update)
 
     def keep_log(self, file: Path, about: Mapping[str, Any], at_most: int) -> int:
         header = {**about, **self.identity()}
         if file.exists():
             before, known, lost = read_log(file)
-            if other := sorted(name for name in header if header[name] != before.get(name)):
+            if other := differing(header, before):
                 raise UserError(
                     f"{file}: was written for another run: {', '.join(other)} differ; put back what the run was begun with, or "
                     "start a new one"
@@ -217,10 +212,6 @@ class Zeroth(Method):
         self.log = UpdateLog(file, header, self.updates)
         return len(self.updates)
 
-    def other_than(self, header: Mapping[str, Any]) -> list[str]:
-        """What is not as the header of a log says."""
-        return sorted(name for name, value in self.identity().items() if value != header.get(name))
-
     def identity(self) -> dict[str, Any]:
         """What a log's updates depend on, beside base weights and seed."""
         config = self.config
@@ -235,10 +226,8 @@ class Zeroth(Method):
         if config.directions == "dense":
             what = f"{config.noise} directions over {short_number(sum(p.numel() for p in self.params.values()))} parameters"
         else:
-            layers = len(self.directions.layers)  # type: ignore[union-attr]
-            what = (
-                f"directions of rank {config.rank} in {layers} linear layers, turned every {config.refresh_every} steps"
-            )
+            size, turn = config.rank, config.refresh_every
+            what = f"directions of rank {size} in {len(self.params)} linear layers, turned every {turn} steps"
         return f"{number} probes a step at eps {config.eps:g}; {what}"
 
     def memory(self, shapes: Shapes) -> Memory:
@@ -255,12 +244,8 @@ class Zeroth(Method):
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
-        if isinstance(self.directions, LowRankDirections):
-            with self.directions.columns.off(), super().at_start():
-                yield
-        else:
-            with super().at_start():
-                yield
+        with self.directions.off(), super().at_start():
+            yield
 
     def save(self, folder: Path) -> None:
         with self.directions.folded():

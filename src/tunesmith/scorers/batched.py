@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,26 +11,23 @@ from tunesmith.errors import UserError
 from tunesmith.methods.directions import LowRankDirections, device_of, layer_sizes
 from tunesmith.models.load import decoder_of
 from tunesmith.models.low_rank import Probe
-from tunesmith.scorers.base import Scorer, ScoringEngine
+from tunesmith.scorers.base import Scorer
 from tunesmith.types import Batch, Scores, Wanted
 
 
 class BatchedScorer(Scorer):
     """Low-rank states side by side: the base weights are read once for all of them (`models/low_rank.py`)."""
 
-    def __init__(self, model: Any, engine: ScoringEngine, directions: Any) -> None:
-        if not isinstance(directions, LowRankDirections):
-            raise UserError(
-                "method.scorer: batched scores states of low rank; with directions: dense, set it to in_place"
-            )
-        super().__init__(model, engine, directions)
+    directions: LowRankDirections
 
     @torch.no_grad()
     def check(self) -> None:
         """Two rows of tokens must give the same under their two states, beside each other and alone: experts that are modules
         of their own, say, are given tokens of all states without order."""
-        layers = self.directions.layers
-        u = {name: torch.full((1, *shape), 0.01, device=device_of(layers[name])) for name, shape in self._shapes()}
+        u = {
+            name: torch.full((1, layer_sizes(layer)[0], self.directions.rank), 0.01, device=device_of(layer))
+            for name, layer in self.directions.layers.items()
+        }
         tokens = torch.arange(16, device=self.model.device).view(2, 8) % 7 + 1
         probes = (Probe(0, 1.0), Probe(0, -1.0))
         self.directions.begin(0, 1)
@@ -47,9 +43,6 @@ class BatchedScorer(Scorer):
     def _hidden(self, tokens: Tensor, probes: Sequence[Probe], u: Mapping[str, Tensor]) -> Tensor:
         with self.directions.columns.at(probes, u):
             return decoder_of(self.model)(input_ids=tokens, use_cache=False)[0].float()
-
-    def _shapes(self) -> list[tuple[str, tuple[int, int]]]:
-        return [(name, (layer_sizes(layer)[0], self.directions.rank)) for name, layer in self.directions.layers.items()]
 
     def copies(self, num_probes: int) -> int:
         return num_probes
