@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -39,7 +40,7 @@ def curve(name: str, lr: float, args: argparse.Namespace) -> dict[str, Any]:
         {
             "model": {"path": "demo", "precision": args.precision},
             "data": {
-                "path": args.data, "max_tokens": args.max_tokens, "max_eval_samples": args.eval_samples, "eval_fraction": 0.05
+                "path": str(args.parts / "train.jsonl"), "eval_path": str(args.parts / "eval.jsonl"), "max_tokens": args.max_tokens
             },
             "method": method,
             "optimizer": {"lr": lr},
@@ -52,8 +53,8 @@ def curve(name: str, lr: float, args: argparse.Namespace) -> dict[str, Any]:
     lr_of = build_schedule(run.config.schedule, lr, run.steps)
     losses, seconds, tokens = {}, 0.0, 0
     for step in range(run.steps + 1):
-        if step % max(1, args.steps // 6) == 0 or step == run.steps:
-            losses[step] = float(run.learner.evaluate(run.objective, held_out, run.helpers)["loss"])
+        if step % max(1, args.steps // 8) == 0 or step == run.steps:
+            losses[str(step)] = float(run.learner.evaluate(run.objective, held_out, run.helpers)["loss"])
         if step < run.steps:
             start = perf_counter()
             run.learner.engine.seed(0, step)
@@ -68,7 +69,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(SIDES), default=list(LR))
     parser.add_argument("--lr", nargs="*", default=[], help="name=learning rate")
     parser.add_argument("--precision", choices=["fp32", "mixed"], default="fp32", help="mixed: where bf16 is fast.")
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=256, help="Samples to train on; more steps go over them again.")
+    parser.add_argument("--steps", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--eval-samples", type=int, default=64)
@@ -79,15 +81,24 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="Add the curves to this .json, and show those in it too.")
     args = parser.parse_args()
     print_machine()
+    with TemporaryDirectory() as folder:
+        args.parts = Path(folder)
+        lines = Path(args.data).read_text(encoding="utf-8").splitlines(keepends=True)
+        (args.parts / "train.jsonl").write_text("".join(lines[: args.samples]), encoding="utf-8")
+        (args.parts / "eval.jsonl").write_text("".join(lines[-args.eval_samples :]), encoding="utf-8")
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
     rates = LR | {name: float(lr) for name, _, lr in (pair.partition("=") for pair in args.lr)}
     curves = json.loads(args.save.read_text()) if args.save and args.save.exists() else {}
     for name in args.methods:
         curves[name] = found = curve(name, rates[name], args)
-        fall = {key: max(c["losses"].values()) - list(c["losses"].values())[-1] for key, c in curves.items()}
+        fall = {key: c["losses"]["0"] - min(c["losses"].values()) for key, c in curves.items()}
         share = f" · {fall[name] / fall['full']:.1%} of full's fall" if "full" in fall else ""
         first, *_, last = found["losses"].values()
         print(
-            f"{name:15} lr {found['lr']:g} · {found['tokens']} tokens · held-out loss {first:.4f} → {last:.4f}{share} · "
+            f"{name:15} lr {found['lr']:g} · {found['tokens']} tokens · held-out loss {first:.4f} → {last:.4f}, lowest {min(found['losses'].values()):.4f}{share} · "
             f"{found['seconds']:.2f} s/step",
             flush=True,
         )
