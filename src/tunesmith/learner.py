@@ -70,7 +70,7 @@ class Learner:
             for ready in objective.prepare(self.engine.shard(batch), helpers):
                 for micro_batch in ready.split(self.micro_batch_tokens):
                     micro_batch = micro_batch.to(self.engine.device)
-                    scores = self.engine.score(self.model, micro_batch, objective.wanted)
+                    scores = self.method.score(micro_batch, objective.wanted)
                     loss, metrics = objective.loss(scores, micro_batch)
                     total = torch.stack([loss, objective.count(micro_batch).to(loss)])
                     for name, value in {"loss": total, **metrics}.items():

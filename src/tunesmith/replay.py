@@ -51,7 +51,9 @@ def replay(
     if header["base_weights_hash"] != weights_hash(source):
         raise UserError(f"{config.model.path}: these are not the weights from which the log of {folder} leads on")
 
-    method = config.method.model_copy(update={"scorer": "in_place", **({"fold": "never"} if form == "adapter" else {})})
+    method = config.method.model_copy(
+        update={"scorer": "in_place", "vllm": {}, **({"fold": "never"} if form == "adapter" else {})}
+    )
     objective = build_objective(config.objective)
     torch.manual_seed(header["seed"])  # a value head of its own starts as it did in the run
     model = load_model(config.model, model_dtype(config.model.precision), objective.head, objective.num_labels)

@@ -39,6 +39,7 @@ from tunesmith.run_data import open_data
 from tunesmith.run_folder import EventLog, RunFolder, read_events, write_folder
 from tunesmith.schedules import build_schedule
 from tunesmith.score_store import INDEX
+from tunesmith.scorers import SCORERS, Scorer
 
 WIDEST_MASK = 8192
 """Tokens of the longest row in which prompts are shared: the attention mask has their square, 256 MiB in fp32."""
@@ -163,14 +164,21 @@ def check(config: RunConfig) -> None:
         METHODS[config.method.name],
         ENGINES[config.engine.name],
     )
-    for who, wants, offers in (
-        (config.method.name, method.requires, engine.provides),
-        (config.objective.name, objective.reads, engine.reads),
+    scorer_name = config.method.scorer_in_use if config.method.name == "zeroth" else "engine's"
+    scorer = SCORERS.get(scorer_name, Scorer)
+    scorer.check_installed()
+    for who, wants, whose, offers in (
+        (config.method.name, method.requires, f"{config.engine.name} engine", engine.provides),
+        (config.objective.name, objective.reads, f"{config.engine.name} engine", engine.reads),
+        (
+            config.objective.name,
+            objective.reads,
+            f"{scorer_name} scorer",
+            engine.reads if scorer.reads is None else scorer.reads,
+        ),
     ):
         if missing := wants - offers:
-            raise UserError(
-                f"{who} needs {', '.join(sorted(missing))}, which the {config.engine.name} engine does not offer"
-            )
+            raise UserError(f"{who} needs {', '.join(sorted(missing))}, which the {whose} does not offer")
     if config.log.tensorboard and not find_spec("tensorboard"):
         raise UserError("log.tensorboard: tensorboard is not installed; pip install 'tunesmith[tensorboard]'")
     if config.optimizer.name == "adamw8bit" and not find_spec("torchao"):

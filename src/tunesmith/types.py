@@ -270,6 +270,9 @@ class Wanted:
     """A loss of its own for each token; its gradient then replaces that of the log-probabilities."""
     observed: Mapping[str, TokenTerm] = field(default_factory=dict)
     """Further numbers about each target, without gradient; made of log-probabilities in place of logits."""
+    among: str | None = None
+    """The token column with the few tokens [n, K] whose logits alone `token_loss` and `observed` read; -1 for none. Without
+    gradient nothing else is then multiplied with the output layer, and log-probabilities are those among these tokens."""
     values: bool = False
     """What the model's value head says at every token."""
     router: bool = False

@@ -619,6 +619,8 @@ REFUSED = {
     "compile": ({"engine": {"compile": True}}, "engine.compile"),
     "std": ({"method": {"name": "zeroth", "scale": "std"}}, "queries to 2"),
     "dense": ({"method": {"name": "zeroth", "directions": "dense", "scorer": "batched"}}, "scorer: batched"),
+    "dense vllm": ({"method": {"name": "zeroth", "directions": "dense", "scorer": "vllm"}}, "scorer: vllm scores"),
+    "vllm's arguments": ({"method": {"name": "zeroth", "vllm": {"seed": 1}}}, "with scorer: vllm alone"),
 }
 
 
@@ -627,6 +629,18 @@ def test_settings_that_do_not_go_together(make_config: Callable[..., RunConfig],
     sections, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
         make_config(**{**settings_of_run(), **sections})
+
+
+def test_vllm_is_asked_for_before_anything_loads(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**settings_of_run(), "method": {"name": "zeroth", "scorer": "vllm"}}
+    monkeypatch.setattr("tunesmith.scorers.vllm.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"method\.scorer: vllm is not installed; pip install vllm"):
+        train(make_config(**settings))
+    monkeypatch.setattr("tunesmith.scorers.vllm.find_spec", lambda name: object())
+    with pytest.raises(UserError, match="sft needs logits, which the vllm scorer does not offer"):
+        train(make_config(**{**settings, "objective": {"name": "sft", "label_smoothing": 0.1}}))
 
 
 def test_without_another_word_the_optimizer_is_sgd_at_its_own_rate() -> None:

@@ -15,6 +15,7 @@ from tunesmith.models import head as module
 from tunesmith.models.head import Head, Targets, score_targets
 from tunesmith.models.probe import find_head
 from tunesmith.models.score import has_router, score
+from tunesmith.objectives.terms import choice_accuracy, choice_loss
 from tunesmith.types import Batch, Wanted
 
 N, D, V = 23, 8, 40
@@ -87,6 +88,25 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self.elements = max(self.elements, value.numel())
         return result
+
+
+@pytest.mark.parametrize(("scale", "cap", "bias"), [(1.0, None, False), (0.5, 3.0, True)])
+def test_logits_of_a_few_tokens_alone_say_the_same_of_them(scale: float, cap: float | None, bias: bool) -> None:
+    head = Head(nn.Linear(D, V, bias=bias, dtype=torch.float64), scale, cap)
+    hidden = torch.randn(N, D, dtype=torch.float64)
+    choices = torch.stack([torch.randperm(V // 2)[:3] for _ in range(N)])
+    choices[::2, 2] = -1  # some have two
+    token = choices[torch.arange(N), torch.arange(N) % 2]
+    wanted = {"token_loss": choice_loss, "observed": {"accuracy": choice_accuracy}}
+    whole = score_targets(hidden, head, Targets(token, Wanted(**wanted), {"choices": choices}))
+    unasked = torch.ones(V, dtype=torch.bool).index_fill(0, choices[choices >= 0], False)
+    with torch.no_grad():
+        head.linear.weight[unasked] = torch.nan  # type: ignore[union-attr, operator]
+        few = score_targets(hidden, head, Targets(token, Wanted(**wanted, among="choices"), {"choices": choices}))
+    torch.testing.assert_close(few[0], whole[0], rtol=0, atol=1e-12)
+    assert torch.equal(few[1][1], whole[1][1])
+    assert (few[1][0].exp() <= 1).all() and (few[1][0] >= whole[1][0]).all(), "a share among few is the larger"
+    torch.testing.assert_close(few[1][0], -few[0].detach(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
 from tunesmith.plan.activations import Activations
-from tunesmith.types import Batch, Memory
+from tunesmith.types import Batch, Memory, Scores, Wanted
 
 Metrics = dict[str, Tensor]
 LossFn = Callable[..., tuple[Tensor, Metrics]]
@@ -52,6 +52,7 @@ class EngineLike(Protocol):
 
     world: int
 
+    def score(self, model: Any, batch: Batch, wanted: Wanted | None = None) -> Scores: ...
     def sum(self, x: Tensor) -> Tensor: ...
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
     def reduce(self, grads: Mapping[str, Tensor]) -> None: ...
@@ -99,6 +100,10 @@ class Method:
     def copies(self) -> int:
         """How often a micro-batch is in the model at once."""
         return 1
+
+    def score(self, batch: Batch, wanted: Wanted) -> Scores:
+        """What the model says of a batch now, for an evaluation."""
+        return self.engine.score(self.model, batch, wanted)
 
     def lr_multiple(self, name: str) -> float:
         """Learning rate of a parameter over that of the schedule."""

@@ -86,8 +86,12 @@ class LowRankDirections:
         self.v: dict[str, Tensor] = {}
         self.file = TensorFile() if on_disk else None
         self.masters: dict[str, Tensor] = {}
+        self.step, self.queries = -1, 1
+        self.folds = 0
+        """How often what had gathered has been put into the weights."""
 
     def begin(self, step: int, queries: int) -> None:
+        self.step, self.queries = step, queries
         if step // self.refresh_every != self.block:
             self._renew(step // self.refresh_every)
         for index, (name, layer) in enumerate(self.layers.items()):
@@ -104,6 +108,7 @@ class LowRankDirections:
         bank_is_full = self.bank_rank is not None and self.columns.rank() + self.rank > self.bank_rank
         if self.block >= 0 and bank_is_full:
             self.fold()
+            self.folds += 1
         self.block = block
         for index, (name, layer) in enumerate(self.layers.items()):
             (outputs, inputs), device = layer_sizes(layer), device_of(layer)
@@ -113,6 +118,12 @@ class LowRankDirections:
             self.v[name] = v
             self.gathered[name] = torch.zeros(outputs, self.rank, device=device)
             self.columns.add(name, self.gathered[name], v)
+
+    def max_columns(self, steps: int) -> int:
+        """Columns that are gathered at most in so many steps."""
+        if self.bank_rank is None:
+            return self.rank * -(-steps // self.refresh_every)
+        return max(self.rank, self.bank_rank)
 
     @torch.no_grad()
     def move(self, coefficients: Sequence[float]) -> None:

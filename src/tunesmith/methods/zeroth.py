@@ -20,7 +20,7 @@ from tunesmith.methods.update_log import Update, UpdateLog, differing, parse_upd
 from tunesmith.models.families import family_of
 from tunesmith.models.load import blocks, head_kind, value_head, value_head_name
 from tunesmith.models.low_rank import Probe, linear_layers
-from tunesmith.types import Batch, Memory
+from tunesmith.types import Batch, Memory, Scores, Wanted
 
 CHECK_EVERY = 100
 """Updates between two checksums in the log."""
@@ -76,10 +76,8 @@ class Zeroth(Method):
                 )
             self.directions = DenseDirections(moving, kind=self.config.noise, seed=seed, momentum=decay)
         self.params = self.directions.weights()
-        name = self.config.scorer
-        if name == "auto":
-            name = "batched" if self.config.directions == "low_rank" else "in_place"
-        self.scorer = SCORERS[name](model, engine, self.directions)  # type: ignore[arg-type]
+        kind = SCORERS[self.config.scorer_in_use]
+        self.scorer = kind(model, engine, self.directions, self.config, len(self.probes), self.extent)
         self.scorer.check()
         self.updates: list[Update] = []
         self.log: UpdateLog | None = None
@@ -143,6 +141,11 @@ class Zeroth(Method):
         metrics["slope"] = torch.tensor(sum(abs(slope) for slope in slopes) / len(slopes))
         return metrics
 
+    def score(self, batch: Batch, wanted: Wanted) -> Scores:
+        if self.scorer.holds_weights:
+            return self.scorer.score(batch, wanted, [Probe(0, 0.0)])[0]
+        return super().score(batch, wanted)
+
     def _slopes(self, losses: list[float]) -> list[float]:
         """Of each query: the loss's change along its direction."""
         eps = self.config.eps
@@ -176,6 +179,7 @@ class Zeroth(Method):
             if len(self.updates) % FLUSH_EVERY == 0:
                 self.log.flush()
         self.directions.move(update.coefficients)
+        self.scorer.follow(update)
 
     def replay(self, updates: Sequence[Update]) -> None:
         """Take updates that were found before, with no log open yet. Raises UserError where they lead elsewhere."""

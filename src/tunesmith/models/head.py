@@ -73,6 +73,14 @@ class Targets:
         """How many numbers without gradient there are for each target."""
         return len(self.wanted.observed) + (self.wanted.token_loss is not None)
 
+    def among(self) -> Targets:
+        """The same where the vocabulary is no more than the tokens that are asked for, each target's own K."""
+        assert self.wanted.among is not None
+        choice_NK = self.columns[self.wanted.among]
+        local_NK = torch.arange(choice_NK.shape[1], device=choice_NK.device).where(choice_NK >= 0, -1)
+        token_N = (choice_NK == self.token_N[:, None]).long().argmax(-1)
+        return Targets(token_N, self.wanted, {**self.columns, self.wanted.among: local_NK})
+
     def of_logits(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         """([N] that carries the gradient: the token loss if there is one, else the log-probability; [others, N] without)."""
         with torch.set_grad_enabled(self.wanted.token_loss is None and torch.is_grad_enabled()):
@@ -90,6 +98,8 @@ class Targets:
 def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tensor, Tensor]:
     """What `Targets.of_logits` says, from hidden states and in chunks; at least fp32."""
     linear: Any = head.linear
+    if targets.wanted.among and type(linear) is nn.Linear and not torch.is_grad_enabled():
+        return targets.among().of_logits(_logits_among(hidden_ND, head, targets.columns[targets.wanted.among]))
     vocabulary, width = linear.weight.shape
     rows = max(1, CHUNK_ELEMENTS // vocabulary)
     trained = slice_of(linear.weight) or (Slice(linear.weight, 0, vocabulary) if linear.weight.requires_grad else None)
@@ -114,6 +124,15 @@ def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tens
     if not chunks:
         return at_least_fp32(hidden_ND[:, 0]), at_least_fp32(hidden_ND.new_zeros(targets.num_others, 0))
     return torch.cat([main for main, _ in chunks]), torch.cat([other for _, other in chunks], dim=1)
+
+
+def _logits_among(hidden_ND: Tensor, head: Head, choice_NK: Tensor) -> Tensor:
+    """Logits of each target's own tokens alone, [N, K]; -inf where there is none."""
+    linear: Any = head.linear
+    token_U, place_NK = choice_NK.clamp(min=0).unique(return_inverse=True)
+    bias_U = None if linear.bias is None else linear.bias[token_U]
+    logits_NU = nn.functional.linear(hidden_ND.to(linear.weight.dtype), linear.weight[token_U], bias_U)
+    return head.transform(logits_NU.gather(1, place_NK)).masked_fill(choice_NK < 0, -torch.inf)
 
 
 @dataclass(frozen=True)

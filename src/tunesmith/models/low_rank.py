@@ -123,6 +123,16 @@ class LowRankColumns:
             y_KnO.baddbmm_(left_KnC, right_KCO)
             return None
 
+    def as_adapters(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The states of `at` as products B A that are added to the weight: (A [C, I] of all states, B [K, O, C])."""
+        v_IR, right_KCO = self._prepare(name, dtype)
+        rank = self.pairs[name][-1][1].shape[1]
+        gathered = (right_KCO.shape[1] - rank) // v_IR.shape[1]
+        scale_K = torch.tensor([probe.coefficient for probe in self.probes], dtype=dtype, device=v_IR.device)
+        b_KOC = right_KCO.mT.clone()
+        b_KOC[..., -rank:] *= scale_K[:, None, None]
+        return torch.cat([v_IR] * gathered + [v_IR[:, -rank:]], 1).T, b_KOC
+
     def _prepare(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Gathered columns and those of the probes stay apart: together, the small ones would drown in rounding. In 16 bits
         the gathered ones are two terms, the rounded numbers and what rounding left."""

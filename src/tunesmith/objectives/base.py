@@ -20,7 +20,8 @@ class Objective:
     needs: frozenset[str] = frozenset()
     """Helpers to build: policy, reference, teacher."""
     reads: frozenset[str] = frozenset()
-    """Parts of Scores beyond the log-probabilities: logits (token_loss, observed), values, router, embeddings."""
+    """Parts of Scores beyond the log-probabilities: logits (token_loss, observed), choices (the same among a few tokens),
+    values, router, embeddings."""
     wanted: Wanted = Wanted()
     """The same in detail."""
     form: ClassVar[Form] = "answers"

@@ -17,14 +17,16 @@ class Classify(Objective):
     A verbalizer as in Schick and Schütze 2021 (arXiv 2001.07676), section 3.1: the model's own words and no new head.
     """
 
-    reads = frozenset({"logits"})
+    reads = frozenset({"choices"})
     form: ClassVar[Form] = "choices"
     unit: ClassVar[str] = "nats per sequence"
     shows: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.wanted = Wanted(token_loss=choice_loss, observed={"accuracy": choice_accuracy}, is_likelihood=True)
+        self.wanted = Wanted(
+            token_loss=choice_loss, observed={"accuracy": choice_accuracy}, among="choices", is_likelihood=True
+        )
 
     def count(self, batch: Batch) -> Tensor:
         return batch.weights_BT.sum()

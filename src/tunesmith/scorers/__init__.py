@@ -5,7 +5,8 @@ from __future__ import annotations
 from tunesmith.scorers.base import Scorer
 from tunesmith.scorers.batched import BatchedScorer
 from tunesmith.scorers.in_place import InPlaceScorer
+from tunesmith.scorers.vllm import VllmScorer
 
-SCORERS: dict[str, type[Scorer]] = {"batched": BatchedScorer, "in_place": InPlaceScorer}
+SCORERS: dict[str, type[Scorer]] = {"batched": BatchedScorer, "in_place": InPlaceScorer, "vllm": VllmScorer}
 
 __all__ = ["SCORERS", "Scorer"]

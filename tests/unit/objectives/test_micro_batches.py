@@ -153,8 +153,10 @@ def test_the_gradient_follows_the_weights_where_it_is_said_to(config: Any) -> No
 def test_what_is_read_is_what_is_wanted(config: Any) -> None:
     objective = build_objective(config)
     wanted = objective.wanted
+    needs_logits = wanted.token_loss is not None or bool(wanted.observed)
     reads = {
-        "logits": wanted.token_loss is not None or bool(wanted.observed),
+        "logits": needs_logits and not wanted.among,
+        "choices": needs_logits and bool(wanted.among),
         "values": wanted.values,
         "router": wanted.router,
         "embeddings": wanted.embedding_noise > 0,
