@@ -40,7 +40,8 @@ def curve(name: str, lr: float, args: argparse.Namespace) -> dict[str, Any]:
         {
             "model": {"path": "demo", "precision": args.precision},
             "data": {
-                "path": str(args.parts / "train.jsonl"), "eval_path": str(args.parts / "eval.jsonl"), "max_tokens": args.max_tokens
+                "path": str(args.parts / "train.jsonl"), "eval_path": str(args.parts / "eval.jsonl"),
+                "max_tokens": args.max_tokens,
             },
             "method": method,
             "optimizer": {"lr": lr},
@@ -97,9 +98,10 @@ def compare(args: argparse.Namespace) -> None:
         fall = {key: c["losses"]["0"] - min(c["losses"].values()) for key, c in curves.items()}
         share = f" · {fall[name] / fall['full']:.1%} of full's fall" if "full" in fall else ""
         first, *_, last = found["losses"].values()
+        lowest = min(found["losses"].values())
         print(
-            f"{name:15} lr {found['lr']:g} · {found['tokens']} tokens · held-out loss {first:.4f} → {last:.4f}, lowest {min(found['losses'].values()):.4f}{share} · "
-            f"{found['seconds']:.2f} s/step",
+            f"{name:15} lr {found['lr']:g} · {found['tokens']} tokens · held-out loss {first:.4f} → {last:.4f}, lowest "
+            f"{lowest:.4f}{share} · {found['seconds']:.2f} s/step",
             flush=True,
         )
         if args.save:

@@ -173,7 +173,7 @@ class ZerothConfig(Section):
     """How the states of a step are scored. batched: all in one pass, the weights read once and never written; in_place: each
     in turn, put into the weights; vllm: by a vLLM engine on a copy of the weights; auto: batched where directions are of low
     rank."""
-    vllm: dict[str, Any] = {}
+    vllm: dict[str, Any] = Field(default={})
     """Arguments of `vllm.LLM` over those chosen here, such as gpu_memory_utilization."""
     fold: Literal["auto", "never"] = "auto"
     """When gathered low-rank updates are put into the weights. auto: when V is renewed, for 16-bit weights less often; never:

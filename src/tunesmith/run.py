@@ -219,7 +219,8 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     objective = build_objective(config.objective)
     model = load_model(config.model, model_dtype(precision), objective.head, objective.num_labels)
     _check_fits(config, model, objective, samples, held_out)
-    pack = config.data.pack if config.data.pack is not None else device.type != "cpu"
+    only_scores = "autograd" not in METHODS[config.method.name].requires
+    pack = config.data.pack if config.data.pack is not None else device.type != "cpu" or only_scores
     pack = pack and data.can_pack and isolates_sequences(model)
     share = (
         config.data.share_prompt

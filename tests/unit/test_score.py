@@ -105,7 +105,7 @@ def test_logits_of_a_few_tokens_alone_say_the_same_of_them(scale: float, cap: fl
         few = score_targets(hidden, head, Targets(token, Wanted(**wanted, among="choices"), {"choices": choices}))
     torch.testing.assert_close(few[0], whole[0], rtol=0, atol=1e-12)
     assert torch.equal(few[1][1], whole[1][1])
-    assert (few[1][0].exp() <= 1).all() and (few[1][0] >= whole[1][0]).all(), "a share among few is the larger"
+    assert (few[1][0] >= whole[1][0]).all(), "a share among few is the larger"
     torch.testing.assert_close(few[1][0], -few[0].detach(), rtol=0, atol=1e-12)
 
 

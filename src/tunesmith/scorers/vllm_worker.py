@@ -10,7 +10,7 @@ from torch import nn
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
-from tunesmith.methods.directions import LowRankDirections
+from tunesmith.methods.directions import LowRankDirections, layer_sizes
 from tunesmith.models.low_rank import Probe
 
 
@@ -30,7 +30,7 @@ class ZerothWorker:
         """Take a slot for each state. `sizes`: (outputs, inputs) of the layers that move. Returns those that vLLM's model has
         no adapter for."""
         self._adapters = self.model_runner.lora_manager._adapter_manager
-        places = {}
+        places: dict[str, tuple[Any, int]] = {}
         for name, module in self._adapters.modules.items():
             parts = self._adapters.packed_modules.get(name, [name])
             places |= {part: (module, index) for index, part in enumerate(parts)}
@@ -57,7 +57,7 @@ class ZerothWorker:
         helper = PEFTHelper.from_dict({"r": rank, "lora_alpha": rank, "target_modules": modules})
         zeros = {}
         for name, layer in self._layers.items():
-            outputs, inputs = layer.weight.shape
+            outputs, inputs = layer_sizes(layer)
             zeros[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(rank, inputs, dtype=dtype)
             zeros[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(outputs, rank, dtype=dtype)
         lora = LoRAModel.from_lora_tensors(adapter_id, zeros, helper, device=str(self.device), dtype=dtype)
