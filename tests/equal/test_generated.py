@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,10 +14,9 @@ from tests.batches import ragged_batch
 from tests.equal.test_zeroth import learner_of, moved, whole_weights, without_fp32
 from tests.families import ISOLATING, VOCABULARY, make_model
 from tunesmith.config import RunConfig
-from tunesmith.engines import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.methods import METHODS
-from tunesmith.methods.update_log import read_log
+from tunesmith.methods.zeroth import Zeroth
 from tunesmith.models.low_rank import Probe
 from tunesmith.objectives.answer import exact_match, f1
 from tunesmith.run import build, train
@@ -176,12 +174,55 @@ def test_an_answer_that_the_model_has_no_positions_for_is_refused(
         sections = objective_sections("answer")
         sections["objective"]["max_new_tokens"] = number
         with pytest.raises(UserError, match=message):
-            build(make_config(**sections, method="zeroth"))
+            build(make_config(**sections, method="zeroth", optimizer={"name": "sgd"}))
 
 
 # --- what is learnt
 
-LEARNS: dict[str, dict[str, Any]] = {
-    "answer": {"metric": "f1"},
-    "classify": {"loss": "accuracy"},
+LEARNS: dict[str, tuple[dict[str, Any], int]] = {
+    "f1": ({"name": "answer", "max_new_tokens": 16}, 6),
+    "accuracy": ({"name": "classify", "loss": "accuracy"}, 10),
 }
+"""By metric: the objective, and steps in which it shows."""
+
+
+def before_and_after(
+    make_config: Callable[..., RunConfig], objective_sections: Callable[[str], dict[str, Any]], metric: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics over all the data, at the start and at the end of a run."""
+    objective, number = LEARNS[metric]
+    sections = objective_sections(objective["name"])
+    sections["data"]["eval_path"] = sections["data"]["path"]
+    config = make_config(
+        **{**sections, "objective": objective}, train={"steps": number, "batch_size": 24},
+        method={"name": "zeroth", "queries": 8, "refresh_every": 2, "eps": 1e-2},
+        optimizer={"name": "sgd", "lr": 3e-3}, schedule={"name": "constant", "warmup_fraction": 0},
+    )  # fmt: skip
+    events = read_events(train(config).folder / "events.jsonl")
+    start, end = (event for event in events if event["event"] == "eval")
+    return start, end
+
+
+@pytest.mark.parametrize("metric", LEARNS)
+def test_a_metric_without_gradient_gets_better(
+    make_config: Callable[..., RunConfig], objective_sections: Callable[[str], dict[str, Any]], metric: str
+) -> None:
+    start, end = before_and_after(make_config, objective_sections, metric)
+    print("\nX", metric, start, end)
+    assert end[metric] > start[metric] + 0.2
+    assert end["loss"] == pytest.approx(1 - end[metric])
+
+
+@pytest.mark.parametrize("metric", LEARNS)
+def test_slopes_of_random_sign_teach_nothing(
+    make_config: Callable[..., RunConfig], objective_sections: Callable[[str], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch, metric: str,
+) -> None:  # fmt: skip
+    """The control: steps as long as those that learn."""
+    slopes, random = Zeroth._slopes, Random(0)
+    monkeypatch.setattr(
+        Zeroth, "_slopes", lambda self, losses: [x * random.choice((1, -1)) for x in slopes(self, losses)]
+    )
+    start, end = before_and_after(make_config, objective_sections, metric)
+    print("\nX", metric, start, end)
+    assert end[metric] < start[metric] + 0.1

@@ -28,6 +28,10 @@ class Answer(Objective):
     unit = "wrong per answer (0 to 1)"
     shows = ("f1", "exact_match")
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.wanted = Wanted(generate=Generation(config.max_new_tokens))
+
     def prepare(self, batch: Batch, helpers: Mapping[str, Any]) -> Iterable[Batch]:
         self.tokenizer = helpers["tokenizer"]
         self.wanted = Wanted(generate=Generation(self.config.max_new_tokens, self.tokenizer.end_tokens))
