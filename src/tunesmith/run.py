@@ -281,7 +281,7 @@ def _check_fits(config: RunConfig, model: Any, objective: Objective, *sets: Samp
     rows = model.get_input_embeddings().weight.shape[0]
     for samples in sets:
         if positions and len(samples) and samples.lengths().max() > positions - more:
-            answers = f", and generated answers (objective.max_new_tokens) up to {more} more," if more else ""
+            answers = f", and generated answers (objective.max_new_tokens) up to {more} more" if more else ""
             raise UserError(
                 f"data.max_tokens: the longest sample has {samples.lengths().max()} tokens{answers}, but the model knows "
                 f"{positions} positions; set data.max_tokens to {positions - more} at most"

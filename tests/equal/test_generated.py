@@ -168,7 +168,7 @@ def test_an_answer_that_the_model_has_no_positions_for_is_refused(
     make_config: Callable[..., RunConfig], objective_sections: Callable[[str], dict[str, Any]]
 ) -> None:
     for number, message in (
-        (250, r"and generated answers \(objective\.max_new_tokens\) up to 250 more, .* set data\.max_tokens to 6"),
+        (250, r"and generated answers \(objective\.max_new_tokens\) up to 250 more, but .* set data\.max_tokens to 6"),
         (256, r"objective\.max_new_tokens: 256 are asked for, but the model knows 256 positions"),
     ):
         sections = objective_sections("answer")
@@ -180,7 +180,7 @@ def test_an_answer_that_the_model_has_no_positions_for_is_refused(
 # --- what is learnt
 
 LEARNS: dict[str, tuple[dict[str, Any], int]] = {
-    "f1": ({"name": "answer", "max_new_tokens": 16}, 6),
+    "f1": ({"name": "answer", "max_new_tokens": 16}, 8),
     "accuracy": ({"name": "classify", "loss": "accuracy"}, 10),
 }
 """By metric: the objective, and steps in which it shows."""
@@ -208,8 +208,8 @@ def test_a_metric_without_gradient_gets_better(
     make_config: Callable[..., RunConfig], objective_sections: Callable[[str], dict[str, Any]], metric: str
 ) -> None:
     start, end = before_and_after(make_config, objective_sections, metric)
-    print("\nX", metric, start, end)
-    assert end[metric] > start[metric] + 0.2
+    assert start[metric] < 0.4
+    assert end[metric] > 0.7
     assert end["loss"] == pytest.approx(1 - end[metric])
 
 
@@ -218,11 +218,10 @@ def test_slopes_of_random_sign_teach_nothing(
     make_config: Callable[..., RunConfig], objective_sections: Callable[[str], dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch, metric: str,
 ) -> None:  # fmt: skip
-    """The control: steps as long as those that learn."""
+    """The control: steps as long as those that learn lead at most to answers of either kind, in equal parts."""
     slopes, random = Zeroth._slopes, Random(0)
     monkeypatch.setattr(
         Zeroth, "_slopes", lambda self, losses: [x * random.choice((1, -1)) for x in slopes(self, losses)]
     )
-    start, end = before_and_after(make_config, objective_sections, metric)
-    print("\nX", metric, start, end)
-    assert end[metric] < start[metric] + 0.1
+    _, end = before_and_after(make_config, objective_sections, metric)
+    assert end[metric] < 0.6
