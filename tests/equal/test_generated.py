@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -25,6 +26,17 @@ from tunesmith.types import Batch, Generation, Wanted
 
 PROBES = [Probe(0, 0.3), Probe(1, -0.3), Probe(0, 0.0), Probe(1, 0.3), Probe(0, -0.3)]
 WANTED = Wanted(generate=Generation(max_new_tokens=9, end_tokens=tuple(range(0, VOCABULARY, 8))))
+
+
+def questions(pack: bool) -> Batch:
+    """Prompts of 1 to 7 tokens; a sequence that is no longer than its prompt has no answer to learn, and is not asked."""
+    batch = ragged_batch(pack)
+    prompt_BT = 1 + 3 * batch.sequence_BT % 7
+    batch = replace(batch, weights_BT=((batch.positions_BT >= prompt_BT) & (batch.sequence_BT >= 0)).float())
+    lengths = [len(prompt) for prompt, _ in batch.questions()]
+    assert len(set(lengths)) > 4
+    assert 0 in lengths
+    return batch
 
 
 def one_at_a_time(model: Any, batch: Batch) -> list[list[int]]:
@@ -70,7 +82,7 @@ def test_answers_of_all_states_are_those_of_the_states_put_into_the_weights(
 ) -> None:
     learner = moved(without_fp32(make_model(family, torch.float64)), {"scorer": scorer})
     directions: Any = learner.method.directions
-    whole = ragged_batch(pack)
+    whole = questions(pack)
     micro_batches = whole.split(whole.tokens_BT.shape[1] * 3)
     assert len(micro_batches) > 1
     apart = without_fp32(make_model(family, torch.float64))
@@ -90,7 +102,7 @@ def test_answers_of_all_states_are_those_of_the_states_put_into_the_weights(
 
 @torch.no_grad()
 def test_a_model_whose_own_settings_would_change_its_answers_is_greedy() -> None:
-    batch, model = ragged_batch(False), without_fp32(make_model("llama", torch.float64))
+    batch, model = questions(False), without_fp32(make_model("llama", torch.float64))
     learner = learner_of(model)
     before = said(learner.engine.score(model, batch, WANTED).generated_NG)
     model.generation_config.repetition_penalty = 5.0
