@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import make_model, train_tokenizer
+from tests.families import make_model, teach, train_tokenizer
 from tunesmith.config import RunConfig
 from tunesmith.config_file import config_from_dict
 
@@ -73,6 +73,18 @@ def chat_file(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def taught_folder(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A tiny model that answers the chats, about half of them with a plain No: what it generates can get better."""
+    folder = tmp_path_factory.mktemp("taught")
+    model = make_model("llama")
+    teach(model, tokenizer, [(question, said) for question, answer in CHATS for said in (answer, "No.")])
+    for file in model_folder("llama").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    model.save_pretrained(folder)
+    return folder
+
+
 def _turns(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
     return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
 
@@ -127,16 +139,20 @@ def data_of_form(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
 
 @pytest.fixture
 def objective_sections(
-    data_of_form: Callable[[str], dict[str, Any]], model_folder: Callable[..., Path]
+    data_of_form: Callable[[str], dict[str, Any]], model_folder: Callable[..., Path], taught_folder: Path
 ) -> Callable[[str], dict[str, Any]]:
-    """Name of an objective → sections of a configuration with which it can run: itself and its data."""
+    """Name of an objective → sections of a configuration with which it can run: itself, its data, and the model of one that
+    generates."""
 
     def sections(name: str) -> dict[str, Any]:
         from tunesmith.objectives import OBJECTIVES
 
         kind = OBJECTIVES[name]
         teacher = {"teacher": str(model_folder("llama", seed=1))} if "teacher" in kind.needs else {}
-        return {"objective": {"name": name, **teacher}, "data": data_of_form(kind.form)}
+        generates = "generated" in kind.reads
+        model = {"model": {"path": str(taught_folder)}} if generates else {}
+        length = {"max_new_tokens": 16} if generates else {}
+        return {"objective": {"name": name, **teacher, **length}, "data": data_of_form(kind.form), **model}
 
     return sections
 

@@ -82,3 +82,24 @@ def train_tokenizer() -> Any:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"], chat_template=CHATML,
     )  # fmt: skip
+
+
+def teach(model: Any, tokenizer: Any, chats: list[tuple[str, str]], steps: int = 80) -> None:
+    """Train the model on all answers at once."""
+    rows = []
+    for question, answer in chats:
+        turn = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        rows.append(
+            [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer + tokenizer.eos_token)]
+        )
+    tokens = torch.zeros(len(rows), max(len(prompt + answer) for prompt, answer in rows), dtype=torch.long)
+    labels = torch.full_like(tokens, -100)
+    for row, (prompt, answer) in enumerate(rows):
+        tokens[row, : len(prompt + answer)] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : len(prompt + answer)] = torch.tensor(answer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()

@@ -93,8 +93,7 @@ class DataConfig(SetConfig):
     """With stream: records that are shuffled among each other."""
     pack: bool | None = None
     """Several sequences in one row, attention kept apart. Speed only: the update is the same either way.
-    Default: on accelerators, and under zeroth; else, on a CPU, attention over the longer row costs more than the padding that it
-    saves."""
+    Default: on accelerators, and under zeroth; else, on a CPU, attention over the longer row costs more than padding would."""
     share_prompt: bool = True
     """With preference pairs: what both begin with goes through the model once, where the model allows it. Speed only."""
 

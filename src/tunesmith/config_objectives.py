@@ -221,6 +221,20 @@ class ClassifyConfig(ObjectiveSection):
     """Classification by verbalizer: cross-entropy over the label words at the one position where they differ."""
 
     name: Literal["classify"] = "classify"
+    loss: Literal["cross_entropy", "accuracy"] = "cross_entropy"
+    """cross_entropy; or accuracy: the share of texts whose right word is not the likeliest, which has no gradient and is for
+    method: zeroth."""
+
+
+class AnswerConfig(ObjectiveSection):
+    """Answers that the model generates, compared with the data's: 1 - F1 or exact match. No gradient: for method: zeroth."""
+
+    name: Literal["answer"] = "answer"
+    metric: Literal["f1", "exact_match"] = "f1"
+    """What an answer is worth, as SQuAD defines it: f1 of its words, or exact_match; lower case, without punctuation and
+    articles."""
+    max_new_tokens: PositiveInt = 32
+    """An answer is cut off after so many tokens. Each is a pass of the model: give no more than the data's answers have."""
 
 
 class DistillConfig(ObjectiveSection):
@@ -262,5 +276,5 @@ class DistillConfig(ObjectiveSection):
 
 AnyObjective = (
     SftConfig | PretrainConfig | DpoConfig | OrpoConfig | SimpoConfig | CpoConfig | KtoConfig | BcoConfig | RewardConfig
-    | PrmConfig | ClassifyConfig | DistillConfig
+    | PrmConfig | ClassifyConfig | AnswerConfig | DistillConfig
 )  # fmt: skip

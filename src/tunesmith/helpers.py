@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,6 +119,29 @@ class StoredReference:
         return f"precomputed · {short_bytes(self.store.num_bytes())} on disk · spares {self.spared}"
 
 
+@dataclass(frozen=True)
+class Words:
+    """The tokenizer, for objectives that read what a model has generated."""
+
+    tokenizer: Any
+    end_tokens: tuple[int, ...]
+    """Those that end an answer: the tokenizer's, and those that the model's checkpoint names."""
+
+    def texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each, without special tokens."""
+        return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences]
+
+    def describe(self) -> str:
+        return ""
+
+
+def words_of(tokenizer: Any, model: Any) -> Words:
+    """A model's tokenizer with all tokens that end its answers."""
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return Words(tokenizer, tuple(sorted(ends)))
+
+
 def build_helpers(
     config: RunConfig, objective: Objective, learner: Learner, batches: Iterable[Batch], fingerprint: str, watch: Watch
 ) -> dict[str, Any]:
@@ -131,6 +154,8 @@ def build_helpers(
         helpers["policy"] = Policy(learner)
     if "reference" in objective.needs:
         helpers["reference"] = _reference(config, learner, batches, fingerprint, watch)
+    if "tokenizer" in objective.needs:
+        helpers["tokenizer"] = words_of(load_tokenizer(config.model), learner.model)
     if "teacher" in objective.needs:
         from tunesmith.teacher import open_teacher
 

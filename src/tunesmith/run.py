@@ -179,6 +179,11 @@ def check(config: RunConfig) -> None:
     ):
         if missing := wants - offers:
             raise UserError(f"{who} needs {', '.join(sorted(missing))}, which the {whose} does not offer")
+    if objective.no_gradient and "autograd" in method.requires:
+        able = ", ".join(name for name, kind in METHODS.items() if "autograd" not in kind.requires)
+        raise UserError(
+            f"{objective.no_gradient}: has no gradient, which method: {config.method.name} needs; use method: {able}"
+        )
     if config.log.tensorboard and not find_spec("tensorboard"):
         raise UserError("log.tensorboard: tensorboard is not installed; pip install 'tunesmith[tensorboard]'")
     if config.optimizer.name == "adamw8bit" and not find_spec("torchao"):
@@ -271,13 +276,24 @@ def _check_fits(config: RunConfig, model: Any, objective: Objective, *sets: Samp
             f"objective.router_loss: {type(model).__name__} is no mixture of experts that tells where it sends its tokens; set "
             "it to 0"
         )
+    generates = "generated" in objective.reads
+    if generates and any(part.have_media for part in sets):
+        raise UserError(
+            f"objective: {config.objective.name} answers text alone, but there are media in the data; use sft for them"
+        )
+    more = objective.config.max_new_tokens if generates else 0
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if more and positions and more >= positions:
+        raise UserError(
+            f"objective.max_new_tokens: {more} are asked for, but the model knows {positions} positions in all; lower it"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     for samples in sets:
-        if positions and len(samples) and samples.lengths().max() > positions:
+        if positions and len(samples) and samples.lengths().max() > positions - more:
+            answers = f", and generated answers (objective.max_new_tokens) up to {more} more" if more else ""
             raise UserError(
-                f"data.max_tokens: the longest sample has {samples.lengths().max()} tokens, but the model knows {positions} "
-                f"positions; set data.max_tokens to {positions} at most"
+                f"data.max_tokens: the longest sample has {samples.lengths().max()} tokens{answers}, but the model knows "
+                f"{positions} positions; set data.max_tokens to {positions - more} at most"
             )
         if samples.max_token() >= rows:
             raise UserError(

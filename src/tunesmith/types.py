@@ -218,6 +218,17 @@ class Batch:
                 found[n] = torch.cat([of_parent[0][:prefix], own[0]]), torch.cat([of_parent[1][:prefix], own[1]])
         return found
 
+    def questions(self) -> list[tuple[Tensor, Tensor]]:
+        """(prompt, answer) of each of the N sequences: the tokens before its first stretch of learnt ones, and that stretch.
+        Both are empty for sequences that are not in this micro-batch, and for those without a learnt token."""
+        found = []
+        for tokens, weights in self.sequences():
+            learnt = (weights != 0).tolist()
+            start = learnt.index(True) if True in learnt else 0
+            stop = learnt.index(False, start) if False in learnt[start:] else len(learnt)
+            found.append((tokens[:start], tokens[start:stop] if start else tokens[:0]))
+        return found
+
     def row_ends(self) -> list[int]:
         """For each row the column after its last token."""
         width = self.sequence_BT.shape[1]
@@ -263,6 +274,15 @@ batch's token columns at them [n, …]) → [n]. It must not depend on how targe
 
 
 @dataclass(frozen=True)
+class Generation:
+    """Greedy answers to the prompts of a batch, see `Batch.questions`."""
+
+    max_new_tokens: int
+    end_tokens: tuple[int, ...] = ()
+    """Any of these ends an answer, and is no part of it."""
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What an objective asks of a forward pass beside the log-probabilities."""
 
@@ -279,6 +299,8 @@ class Wanted:
     """How unevenly a mixture of experts spreads its tokens."""
     embedding_noise: float = 0.0
     """NEFTune's alpha: noise on the embeddings while training."""
+    generate: Generation | None = None
+    """Answers in the model's own words; nothing else is computed then, and there is no gradient."""
     is_likelihood: bool = False
     """Whether the loss weighs the log-probabilities (or token losses) by a multiple of the batch's weights. If so, the
     gradient of a trained head is taken in the forward pass, and its product with the vocabulary done once less."""
@@ -299,6 +321,8 @@ class Scores:
     balance_N: Tensor | None = None
     """For each sequence the load-balancing loss of a mixture of experts, 1 where experts are used evenly and with k experts
     a token k times that; 0 for sequences that are not here."""
+    generated_NG: Tensor | None = None
+    """Tokens of each sequence's generated answer, int64; -1 behind its end, and for sequences that are not here."""
 
     def split(self, parts: int) -> list[Scores]:
         """The scores of each copy of a batch that was tiled."""
@@ -314,6 +338,7 @@ class Scores:
                 [{name: x.chunk(parts)[n] for name, x in self.observed.items()} for n in range(parts)],
                 of(self.values_BTC),
                 of(self.balance_N),
+                of(self.generated_NG),
                 strict=True,
             )
         ]

@@ -24,14 +24,21 @@ SHARED_BOUND = 1e-7
 def run(
     make_config: Callable[..., RunConfig], objective_sections: Callable[[str], dict[str, Any]], request: Any
 ) -> Run:
-    """A run in fp64 whose adapter is no longer where it began, so that model and reference differ."""
+    """A run in fp64 whose adapter is no longer where it began, so that model and reference differ. What has no gradient is
+    scored along directions."""
     sections = objective_sections(request.param)
-    config = make_config(**sections, method={"name": "lora", "rank": 4}, train={"batch_size": 12})
+    method: dict[str, Any] = {"name": "lora", "rank": 4}
+    if OBJECTIVES[request.param].no_gradient:
+        method = {"name": "zeroth", "queries": 3, "eps": 1e-2}
+        sections["optimizer"] = {"name": "sgd"}
+    config = make_config(**sections, method=method, train={"batch_size": 12})
     run = build(config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-30})}))
     run.learner.model.double()
     for helper in run.helpers.values():
         if model := getattr(helper, "model", None):
             model.double()
+    if run.objective.no_gradient:
+        return run
     generator = torch.Generator().manual_seed(0)
     for p in run.learner.method.params.values():
         p.data = p.data + 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -39,7 +46,7 @@ def run(
 
 
 def update(run: Run, micro_batch_tokens: int, **layout: bool) -> dict[str, Tensor]:
-    """Gradients and metrics of one step that is not taken."""
+    """Gradients (or slopes along directions) and metrics of one step that is not taken."""
     learner = run.learner
     learner.micro_batch_tokens = micro_batch_tokens
     (ready,) = run.objective.prepare(replace(run.data, **layout)(0), run.helpers)
@@ -47,6 +54,8 @@ def update(run: Run, micro_batch_tokens: int, **layout: bool) -> dict[str, Tenso
     metrics = learner.step(run.objective, ready, lr=1e-30)
     run.objective.load_state_dict(before)
     found = {name: p.grad.clone() for name, p in learner.method.params.items() if p.grad is not None}
+    if updates := getattr(learner.method, "updates", None):
+        found["slopes"] = torch.tensor(updates.pop().coefficients, dtype=torch.float64) * 1e30
     return found | {f"metric {name}": value for name, value in metrics.items() if name != "tokens"}
 
 

@@ -200,7 +200,7 @@ def test_a_config_is_frozen() -> None:
         (
             "objective: zzz",
             "run.yaml:4: objective: unknown name 'zzz'; known: "
-            "sft, pretrain, dpo, orpo, simpo, cpo, kto, bco, reward, prm, classify, distill",
+            "sft, pretrain, dpo, orpo, simpo, cpo, kto, bco, reward, prm, classify, answer, distill",
         ),
         (
             "optimizer: {name: 5}",

@@ -22,7 +22,7 @@ class SingleEngine:
     """Everything on one device."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"autograd", "probes"})
-    reads: ClassVar[frozenset[str]] = frozenset({"logits", "choices", "values", "router", "embeddings"})
+    reads: ClassVar[frozenset[str]] = frozenset({"logits", "choices", "values", "router", "embeddings", "generated"})
     """Parts of Scores beyond log-probabilities that `score` can give."""
     rank, world = 0, 1
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import UserError
+from tunesmith.models.greedy import greedy_answers
 from tunesmith.models.head import Head, Targets, at_least_fp32, score_targets
 from tunesmith.models.load import decoder_of, value_head
 from tunesmith.models.media import hidden_before_head, media_inputs
@@ -43,6 +44,9 @@ class Places:
 def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = None) -> Scores:
     """Score a batch. Numbers about tokens are 0 where the batch's weight is 0: nothing is computed there."""
     wanted = wanted or Wanted()
+    if wanted.generate is not None:
+        nothing_BT = torch.zeros(batch.tokens_BT.shape, device=batch.tokens_BT.device)
+        return Scores(nothing_BT, generated_NG=greedy_answers(model, batch, wanted.generate))
     noise = wanted.embedding_noise if model.training else 0.0
     with _noisy_embeddings(model, batch, noise):
         if wanted.values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.objectives.answer import Answer
 from tunesmith.objectives.base import Objective
 from tunesmith.objectives.bco import Bco
 from tunesmith.objectives.classify import Classify
@@ -30,6 +31,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "reward": Reward,
     "prm": Prm,
     "classify": Classify,
+    "answer": Answer,
     "distill": Distill,
 }
 

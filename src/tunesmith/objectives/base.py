@@ -18,10 +18,10 @@ class Objective:
     """Base of all objectives. Losses are sums over a micro-batch; the learner divides once, by the global count."""
 
     needs: frozenset[str] = frozenset()
-    """Helpers to build: policy, reference, teacher."""
+    """Helpers to build: policy, reference, teacher, tokenizer."""
     reads: frozenset[str] = frozenset()
     """Parts of Scores beyond the log-probabilities: logits (token_loss, observed), choices (the same among a few tokens),
-    values, router, embeddings."""
+    values, router, embeddings, generated."""
     wanted: Wanted = Wanted()
     """The same in detail."""
     form: ClassVar[Form] = "answers"
@@ -29,7 +29,9 @@ class Objective:
     """Which model of transformers' is trained: for language modelling, or for classification of sequences or tokens."""
     num_labels: ClassVar[int] = 0
     """Outputs of the value head, where `head` is not language."""
-    unit: ClassVar[str] = "nats per target token"
+    no_gradient: str = ""
+    """The setting that makes the loss one without gradient, as a message names it; empty where there is a gradient."""
+    unit: str = "nats per target token"
     """Of the loss, for plots."""
     shows: ClassVar[tuple[str, ...]] = ()
     """Metrics that stand beside the loss in the terminal and the report."""

@@ -22,7 +22,7 @@ class FeedbackObjective(Objective):
     reads = frozenset({"logits"})
     wanted = Wanted(observed={"entropy": entropy})
     form: ClassVar[Form] = "feedback"
-    unit: ClassVar[str] = "nats per answer"
+    unit = "nats per answer"
     shows: ClassVar[tuple[str, ...]] = ("rewards/accuracy",)
 
     def of_rewards(self, rewards_M: Tensor, desirable_M: Tensor, threshold_M: Tensor) -> Tensor:

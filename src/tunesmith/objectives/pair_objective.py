@@ -41,7 +41,7 @@ class PairObjective(Objective):
     reads = frozenset({"logits"})
     wanted = Wanted(observed={"entropy": entropy})
     form: ClassVar[Form] = "pairs"
-    unit: ClassVar[str] = "nats per pair"
+    unit = "nats per pair"
     shows: ClassVar[tuple[str, ...]] = ("rewards/accuracy",)
 
     @property

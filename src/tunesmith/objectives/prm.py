@@ -24,7 +24,7 @@ class Prm(Objective):
     form: ClassVar[Form] = "steps"
     head: ClassVar[Literal["language", "sequence", "token"]] = "token"
     num_labels: ClassVar[int] = 2
-    unit: ClassVar[str] = "nats per step"
+    unit = "nats per step"
     shows: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def count(self, batch: Batch) -> Tensor:

@@ -26,7 +26,7 @@ class Reward(Objective):
     form: ClassVar[Form] = "pairs"
     head: ClassVar[Literal["language", "sequence", "token"]] = "sequence"
     num_labels: ClassVar[int] = 1
-    unit: ClassVar[str] = "nats per pair"
+    unit = "nats per pair"
     shows: ClassVar[tuple[str, ...]] = ("rewards/accuracy",)
 
     def count(self, batch: Batch) -> Tensor:

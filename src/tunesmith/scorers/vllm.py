@@ -148,7 +148,6 @@ class VllmScorer(Scorer):
         from vllm import SamplingParams
 
         assert wanted.among is not None
-        assert wanted.token_loss is not None
         row_N, column_N = (batch.weights_BT != 0).nonzero(as_tuple=True)
         choice_NK = batch.token_columns[wanted.among][row_N, column_N]
         sequence_N = batch.sequence_BT[row_N, column_N].tolist()
@@ -184,7 +183,7 @@ class VllmScorer(Scorer):
             scores.append(
                 Scores(
                     spread(among_NK.gather(1, token_N[:, None])[:, 0]),
-                    token_loss_BT=spread(wanted.token_loss(logprob_NK, token_N, columns)),
+                    token_loss_BT=wanted.token_loss and spread(wanted.token_loss(logprob_NK, token_N, columns)),
                     observed={name: spread(term(among_NK, token_N, columns)) for name, term in wanted.observed.items()},
                 )
             )

@@ -93,8 +93,17 @@ REFERENCE = Fixed(1, scale=1.5)
 """Finds all a little less likely."""
 
 
+class Numbered:
+    """A tokenizer whose words are the tokens' numbers."""
+
+    end_tokens = ()
+
+    def texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        return [" ".join(map(str, tokens)) for tokens in sequences]
+
+
 def prepared(objective: Objective, batch: Batch, policy: Fixed = POLICY, reference: Fixed = REFERENCE) -> Batch:
-    (ready,) = objective.prepare(batch, {"policy": policy, "reference": reference})
+    (ready,) = objective.prepare(batch, {"policy": policy, "reference": reference, "tokenizer": Numbered()})
     return ready
 
 
@@ -106,6 +115,10 @@ def part_of(scores: Scores, start: int, piece: Batch) -> Scores:
     if balance_N is not None:
         here = torch.isin(torch.arange(len(balance_N)), piece.sequence_BT)
         balance_N = balance_N * here
+    generated_NG = scores.generated_NG
+    if generated_NG is not None:
+        here = torch.isin(torch.arange(len(generated_NG)), piece.sequence_BT)
+        generated_NG = generated_NG.masked_fill(~here[:, None], -1)
     return replace(
         scores,
         logprobs_BT=scores.logprobs_BT[used],
@@ -113,6 +126,7 @@ def part_of(scores: Scores, start: int, piece: Batch) -> Scores:
         observed={name: x[used] for name, x in scores.observed.items()},
         values_BTC=None if scores.values_BTC is None else scores.values_BTC[used],
         balance_N=balance_N,
+        generated_NG=generated_NG,
     )
 
 
@@ -125,4 +139,11 @@ def make_scores(objective: Objective, batch: Batch) -> Scores:
         observed={name: -numbers(batch, 3) * is_target for name in wanted.observed},
         values_BTC=numbers(batch, 4, objective.num_labels).requires_grad_() if wanted.values else None,
         balance_N=torch.linspace(1, 2, len(batch.sample_N), dtype=torch.float64) if wanted.router else None,
+        generated_NG=half_right(batch) if wanted.generate else None,
     )
+
+
+def half_right(batch: Batch) -> Tensor:
+    """Of each answer's tokens every second one, and one that is wrong."""
+    given = [[*answer[::2].tolist(), 999] for _, answer in batch.questions()]
+    return torch.tensor([tokens + [-1] * (16 - len(tokens)) for tokens in given])

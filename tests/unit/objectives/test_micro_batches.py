@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.unit.objectives.scored import PAIR_WEIGHTS, make_batch, make_scores, part_of, prepared, ragged_weights
 from tunesmith.config_objectives import (
+    AnswerConfig,
     BcoConfig,
     ClassifyConfig,
     CpoConfig,
@@ -52,7 +53,8 @@ CONFIGS: dict[str, list[Any]] = {
     "bco": [BcoConfig()],
     "reward": [RewardConfig(center=0.01)],
     "prm": [PrmConfig()],
-    "classify": [ClassifyConfig()],
+    "classify": [ClassifyConfig(), ClassifyConfig(loss="accuracy")],
+    "answer": [AnswerConfig(), AnswerConfig(metric="exact_match")],
 }
 CELLS = [
     pytest.param(config, id=f"{name}-{k}") for name, configs in CONFIGS.items() for k, config in enumerate(configs)
@@ -89,7 +91,8 @@ def total(
         loss, count = loss + part, count + objective.count(piece)
         metrics = {name: metrics.get(name, 0.0) + value for name, value in found.items()}
         start += len(piece.tokens_BT)
-    loss.backward()
+    if not objective.no_gradient:
+        loss.backward()
     leaves = {"logprobs": whole.logprobs_BT, "losses": whole.token_loss_BT, "values": whole.values_BTC}
     grads = {
         name: by_token(leaf.grad, ready) for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None
@@ -117,7 +120,7 @@ def test_loss_gradient_metrics_and_count_are_those_of_the_whole(config: Any) -> 
     found = layouts(objective)
     loss, metrics, grads, count = total(objective, found["padded"], 10**6)
     assert count > 0
-    assert grads
+    assert bool(grads) != bool(objective.no_gradient)
     assert loss.isfinite()
     for batch in found.values():
         for budget in (1, 24, 10**6):
@@ -160,6 +163,7 @@ def test_what_is_read_is_what_is_wanted(config: Any) -> None:
         "values": wanted.values,
         "router": wanted.router,
         "embeddings": wanted.embedding_noise > 0,
+        "generated": wanted.generate is not None,
     }
     assert objective.reads == {name for name, is_read in reads.items() if is_read}
     assert objective.head == ("language" if not wanted.values else objective.head)
