@@ -311,7 +311,9 @@ class RunConfig(Section):
         filled: dict[str, Section] = {}
         if self.optimizer.lr is None:
             of_optimizer = 1.0 if self.method.name == "zeroth" else self.optimizer.lr_factor
-            lr = self.method.default_lr * self.objective.lr_factor * of_optimizer
+            moves_adapter = isinstance(self.method, ZerothConfig) and self.method.adapter_rank
+            of_method = ZerothConfig.adapter_lr if moves_adapter else self.method.default_lr
+            lr = of_method * self.objective.lr_factor * of_optimizer
             filled["optimizer"] = self.optimizer.model_copy(update={"lr": float(f"{lr:.3g}")})
         if self.data.truncation == "auto":
             policy = "split" if self.objective.name == "pretrain" else "right"
@@ -321,5 +323,7 @@ class RunConfig(Section):
             filled["train"] = self.train.model_copy(update={"micro_batch_tokens": tokens})
         if isinstance(self.method, LoraConfig) and self.method.alpha is None:
             filled["method"] = self.method.model_copy(update={"alpha": 2.0 * self.method.rank})
+        if isinstance(self.method, ZerothConfig) and self.method.adapter_rank and self.method.adapter_alpha is None:
+            filled["method"] = self.method.model_copy(update={"adapter_alpha": 2.0 * self.method.adapter_rank})
         self.__dict__.update(filled)  # the model is frozen for everyone else; this is its construction
         return self

@@ -148,6 +148,8 @@ class ZerothConfig(Section):
     and FZOO are settings of it)."""
 
     default_lr: ClassVar[float] = 1e-6
+    adapter_lr: ClassVar[float] = 5e-5
+    """Default learning rate where an adapter moves."""
     name: Literal["zeroth"] = "zeroth"
     directions: Literal["low_rank", "dense"] = "low_rank"
     """low_rank: products U Vᵀ in the blocks' linear layers (LOZO), whose states are scored in one pass; dense: every number
@@ -168,7 +170,11 @@ class ZerothConfig(Section):
     """std: a step is divided by the standard deviation of the slopes along its directions (FZOO)."""
     targets: tuple[str, ...] = ()
     """What moves. low_rank: linear layers by the last part of their name or a shell pattern; default: all of the blocks.
-    dense: shell patterns of parameters; default: all."""
+    dense: shell patterns of parameters; default: all. With an adapter: the linear layers that get one, as under lora."""
+    adapter_rank: Count = 0
+    """With directions dense: the weights stand still, and A and B of a LoRA adapter of this rank move (MeZO-LoRA); 0: none."""
+    adapter_alpha: Annotated[float, Field(gt=0)] | None = None
+    """The adapter's update is scaled by adapter_alpha / adapter_rank. Default: 2 × adapter_rank."""
     scorer: Literal["auto", "batched", "in_place", "vllm"] = "auto"
     """How the states of a step are scored. batched: all in one pass, the weights read once and never written; in_place: each
     in turn, put into the weights; vllm: by a vLLM engine on a copy of the weights; auto: batched where directions are of low
@@ -191,6 +197,12 @@ class ZerothConfig(Section):
             )
         if self.vllm and self.scorer != "vllm":
             raise ValueError("vllm: has an effect with scorer: vllm alone")
+        if self.adapter_rank and self.directions == "low_rank":
+            raise ValueError(
+                "adapter_rank: an adapter's A and B move number by number: set directions to dense, or leave adapter_rank at 0"
+            )
+        if self.adapter_alpha is not None and not self.adapter_rank:
+            raise ValueError("adapter_alpha: scales an adapter, and there is none: set adapter_rank too")
         return self
 
     @property

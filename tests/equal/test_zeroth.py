@@ -371,13 +371,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"directions": "dense"},
     "fzoo": {"directions": "dense", "noise": "rademacher", "sides": "one", "queries": 4, "scale": "std"},
     "bank": {"refresh_every": 2, "fold": "never"},
+    "adapter": {"directions": "dense", "adapter_rank": 4, "adapter_alpha": 8.0},
 }
 
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [(name, torch.float32) for name in VARIANTS]
-    + [(name, torch.bfloat16) for name, settings in VARIANTS.items() if "directions" not in settings],
+    + [(name, torch.bfloat16) for name, settings in VARIANTS.items() if "directions" not in settings]
+    + [("adapter", torch.bfloat16)],
 )
 def test_a_replay_gives_the_same_bits_without_a_forward_pass(variant: str, dtype: torch.dtype) -> None:
     settings = VARIANTS[variant]
@@ -488,6 +490,90 @@ def test_a_log_of_another_run_is_refused(make_config: Callable[..., RunConfig]) 
         run.learner.method.keep_log(result.folder / "updates.log", {"base_weights_hash": "x", "seed": 0}, at_most=99)
     with pytest.raises(UserError, match=r"train\.steps: 8 are to be done, but .* has done 10"):
         train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 8})}), resume=True)
+
+
+ADAPTER = {"directions": "dense", "adapter_rank": 4, "eps": 1e-2}
+
+
+def test_slopes_of_an_adapter_are_autograds_directional_derivatives() -> None:
+    model = make_model("opt", torch.float64)
+    learner = learner_of(
+        model, directions="dense", adapter_rank=4, adapter_alpha=8.0, eps=1e-6, queries=6, noise="rademacher"
+    )
+    method: Any = learner.method
+    assert all("lora_" in name for name in method.params)
+    with torch.no_grad():  # B is 0 at the start, where A has no gradient
+        for name, p in method.params.items():
+            if "lora_B" in name:
+                p.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    batch = ragged_batch(pack=False)
+    scores = learner.engine.score(model, batch, SFT.wanted)
+    (SFT.loss(scores, batch)[0] / SFT.count(batch)).backward()
+    before = bits_of(learner)
+    method.directions.begin(0, 6)
+    with torch.no_grad():
+        losses_K, _ = learner._losses(SFT, batch, method.probes, SFT.count(batch))
+    for query, slope in enumerate(method._slopes(losses_K.tolist())):
+        along = sum(float((method.directions.direction(n, query) * p.grad).sum()) for n, p in method.params.items())
+        assert slope == pytest.approx(along, rel=1e-3, abs=1e-4)
+    assert equal_bits(before, bits_of(learner))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_the_adapter_the_model_is_what_it_was(dtype: torch.dtype) -> None:
+    learner = learner_of(make_model("llama", dtype), directions="dense", adapter_rank=4, adapter_alpha=8.0)
+    batch = ragged_batch(False)
+    start, frozen = learner.logprobs(batch), bits_of(learner)
+    steps(learner, 3, lr=1e-2)
+    assert not torch.equal(learner.logprobs(batch), start)
+    assert learner.method.start_bytes() == 0
+    assert torch.equal(learner.logprobs(batch, at_start=True), start)
+    moved = {name for name, p in bits_of(learner).items() if not torch.equal(p, frozen[name])}
+    assert moved == set(learner.method.params)
+    assert all(p.dtype == torch.float32 for p in learner.method.params.values())
+
+
+def test_an_adapter_starts_by_the_seed_alone() -> None:
+    def start(seed: int, before: int) -> dict[str, Tensor]:
+        model = make_model("llama")
+        torch.manual_seed(before)
+        learner = learner_of(model, seed=seed, directions="dense", adapter_rank=4, adapter_alpha=8.0)
+        return {name: p.detach().clone() for name, p in learner.method.params.items()}
+
+    assert equal_bits(start(0, 1), start(0, 2))
+    assert not equal_bits(start(0, 1), start(1, 1))
+
+
+@pytest.mark.parametrize("form", ["model", "adapter"])
+def test_the_log_gives_the_adapter_that_was_moved(
+    make_config: Callable[..., RunConfig], tmp_path: Path, form: Any
+) -> None:
+    from tests.equal.test_reference import load_as_users_do
+
+    config = make_config(**settings_of_run(ADAPTER, optimizer={"name": "sgd", "lr": 1e-2}))
+    assert config.method.adapter_alpha == 8.0
+    result = train(config)
+    replay(result.folder, None, tmp_path / "last", form)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "last" / name).read_bytes() == (result.folder / "model" / name).read_bytes()
+    trained = build(config)
+    trained.learner.method.replay(read_log(result.folder / "updates.log")[1])
+    tokens = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        expected = trained.learner.model.eval()(input_ids=tokens).logits
+        found = load_as_users_do(tmp_path / "last")(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - make_model("llama")(input_ids=tokens).logits).abs().max() > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.*no whole record")
+def test_the_log_alone_brings_an_adapter_back(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(**settings_of_run(ADAPTER))
+    result = train(config)
+    adapter = (result.folder / "model/adapter_model.safetensors").read_bytes()
+    cut_back(result.folder, 6, 4)
+    train(config, resume=True)
+    assert (result.folder / "model/adapter_model.safetensors").read_bytes() == adapter
 
 
 @pytest.mark.parametrize("method", [{}, {"directions": "dense"}])
@@ -621,6 +707,8 @@ REFUSED = {
     "dense": ({"method": {"name": "zeroth", "directions": "dense", "scorer": "batched"}}, "scorer: batched"),
     "dense vllm": ({"method": {"name": "zeroth", "directions": "dense", "scorer": "vllm"}}, "scorer: vllm scores"),
     "vllm's arguments": ({"method": {"name": "zeroth", "vllm": {"seed": 1}}}, "with scorer: vllm alone"),
+    "adapter": ({"method": {"name": "zeroth", "adapter_rank": 4}}, "adapter_rank: .* set directions to dense"),
+    "alpha": ({"method": {"name": "zeroth", "directions": "dense", "adapter_alpha": 4}}, "set adapter_rank too"),
 }
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tunesmith.config_methods import LoraConfig
 from tunesmith.display import short_number
 from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, LossFn, Method, Metrics, NonFiniteError, Shapes, matching
 from tunesmith.methods.directions import DenseDirections, Directions, LowRankDirections
+from tunesmith.methods.lora import Lora
 from tunesmith.methods.update_log import Update, UpdateLog, differing, parse_updates, read_log
 from tunesmith.models.families import family_of
 from tunesmith.models.load import blocks, head_kind, value_head, value_head_name
@@ -44,10 +47,20 @@ class Zeroth(Method):
 
     @classmethod
     def needs_fp32_weights(cls, config: Any) -> bool:
-        return config.directions == "dense"
+        return config.directions == "dense" and not config.adapter_rank
 
     def adapt(self, model: Any) -> None:
-        model.requires_grad_(False)
+        self.adapter: Lora | None = None
+        if not self.config.adapter_rank:
+            model.requires_grad_(False)
+            return
+        config = LoraConfig(
+            rank=self.config.adapter_rank, alpha=self.config.adapter_alpha, targets=self.config.targets or "all-linear"
+        )
+        self.adapter = Lora(config, self.optimizer_config, None, self.extent)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.extent.seed)  # whatever was drawn before: a replay starts from the same A
+            self.adapter.adapt(model)
 
     def bind(self, model: nn.Module, engine: EngineLike) -> None:
         from tunesmith.scorers import SCORERS
@@ -66,6 +79,9 @@ class Zeroth(Method):
                 layers, rank=self.config.rank, refresh_every=self.config.refresh_every, kind=self.config.noise, seed=seed,
                 momentum=decay, bank_rank=bank, on_disk=not torch.accelerator.is_available(),
             )  # fmt: skip
+        elif self.adapter is not None:
+            self.adapter.bind(model, engine)
+            self.directions = DenseDirections(self.adapter.params, kind=self.config.noise, seed=seed, momentum=decay)
         else:
             chosen = matching(model, self.config.targets, "method.targets") if self.config.targets else None
             moving = {n: p for n, p in model.named_parameters() if chosen is None or id(p) in chosen}
@@ -76,6 +92,7 @@ class Zeroth(Method):
                 )
             self.directions = DenseDirections(moving, kind=self.config.noise, seed=seed, momentum=decay)
         self.params = self.directions.weights()
+        self.adapter_start = _crc(self.params.values()) if self.adapter is not None else 0
         kind = SCORERS[self.config.scorer_in_use]
         self.scorer = kind(model, engine, self.directions, self.config, len(self.probes), self.extent)
         self.scorer.check()
@@ -222,6 +239,8 @@ class Zeroth(Method):
         kind = {"directions": config.directions, "noise": config.noise, "momentum": self.optimizer_config.momentum}
         if config.directions == "low_rank":
             kind |= {"rank": config.rank, "refresh_every": config.refresh_every}
+        if self.adapter is not None:
+            kind |= {"adapter_alpha": config.adapter_alpha, "adapter_start": self.adapter_start}
         shapes = [[name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in self.params.items()]
         return {"version": 1, **kind, "weights": shapes}
 
@@ -229,6 +248,8 @@ class Zeroth(Method):
         config, number = self.config, len(self.probes)
         if config.directions == "dense":
             what = f"{config.noise} directions over {short_number(sum(p.numel() for p in self.params.values()))} parameters"
+            if self.adapter is not None:
+                what += f" of an adapter of rank {config.adapter_rank}"
         else:
             size, turn = config.rank, config.refresh_every
             what = f"directions of rank {size} in {len(self.params)} linear layers, turned every {turn} steps"
@@ -246,22 +267,35 @@ class Zeroth(Method):
         updates, _ = parse_updates(bytes(saved["updates"].byte().numpy()))
         self.replay(updates)
 
+    def start_bytes(self) -> int:
+        return super().start_bytes() if self.adapter is None else self.adapter.start_bytes()
+
     @contextmanager
     def at_start(self) -> Iterator[None]:
+        if self.adapter is not None:
+            with self.adapter.at_start():
+                yield
+            return
         with self.directions.off(), super().at_start():
             yield
 
     def save(self, folder: Path) -> None:
+        if self.adapter is not None:
+            self.adapter.save(folder)
+            return
         with self.directions.folded():
             super().save(folder)
 
     def save_adapter(self, folder: Path, base: str) -> None:
         """Write what has gathered as a PEFT adapter of the base model; needs `fold: never`, so that all of it is there.
 
-        Its rank is that of a direction times the renewals of V.
+        Its rank is that of a direction times the renewals of V. An adapter that the method itself moves is written as it is.
         """
         import peft
 
+        if self.adapter is not None:
+            self.adapter.save(folder)
+            return
         directions = self.directions
         if not isinstance(directions, LowRankDirections):
             raise UserError("--adapter: dense directions have no low rank; write the whole model")
@@ -286,3 +320,10 @@ class Zeroth(Method):
                 layer.lora_A["default"].weight.data = v.T.contiguous()
                 layer.lora_B["default"].weight.data = u.contiguous()
             adapted.save_pretrained(folder)
+
+
+def _crc(tensors: Iterable[Tensor]) -> int:
+    total = 0
+    for x in tensors:
+        total = zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes(), total)
+    return total
