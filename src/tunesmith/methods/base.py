@@ -47,10 +47,23 @@ class Extent:
     seed: int = 0
 
 
+class GroupLike(Protocol):
+    """What a method asks of the ranks that work on one run (`engines/group.py`)."""
+
+    rank: int
+    ranks: tuple[int, ...]
+    check_every: int
+
+    def gather(self, numbers: Any) -> dict[int, Any]: ...
+
+
 class EngineLike(Protocol):
     """What a method asks of an engine."""
 
     world: int
+
+    @property
+    def group(self) -> GroupLike: ...
 
     def sum(self, x: Tensor) -> Tensor: ...
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
@@ -99,6 +112,10 @@ class Method:
     def copies(self) -> int:
         """How often a micro-batch is in the model at once."""
         return 1
+
+    def part(self, batch: Batch) -> list[Batch]:
+        """What of a whole batch this rank goes through."""
+        return [batch]
 
     def lr_multiple(self, name: str) -> float:
         """Learning rate of a parameter over that of the schedule."""
