@@ -56,7 +56,7 @@ class Star(Group):
         try:
             _compare(self._exchange(dict(facts), START_S))
             yield
-        except BaseException as error:
+        except Exception as error:
             self._leave(" ".join(str(error).split()) or type(error).__name__)
             raise
         self._leave("done")
@@ -101,6 +101,9 @@ class Star(Group):
                 "rank 0 is gone, which keeps the run's log: the run has stopped; go on with it from there with --resume"
             ) from error
         found = {int(rank): answer for rank, answer in json.loads(text).items()}
+        if "left" in found[0]:
+            self.store = None
+            raise UserError(f"rank 0 ended: {found[0]['left']}")
         if self.rank not in found:
             raise self._dropped()
         self.ranks = tuple(found)
@@ -168,13 +171,15 @@ class Star(Group):
         )
 
     def _leave(self, why: str) -> None:
-        """Tell rank 0 so; it waits for all, since the store ends with it, unless it ends by an error itself."""
+        """Say so in place of the next numbers. The store ends with rank 0, which first hears from all others once more."""
         if self.store is None:
             return
         self.round += 1
+        word = {"left": why}
         if self.rank:
-            self.store.set(f"{self.round}/{self.rank}", json.dumps({"left": why}))
-        elif why == "done":
+            self.store.set(f"{self.round}/{self.rank}", json.dumps(word))
+        else:
+            self.store.set(str(self.round), json.dumps({0: word}))
             deadline = monotonic() + self.timeout_s
             for rank in self.ranks[1:]:
                 self._arrives(f"{self.round}/{rank}", deadline - monotonic())
