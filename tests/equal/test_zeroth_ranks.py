@@ -21,6 +21,7 @@ from tests.families import make_model
 from tests.product.test_product import equal_bits, losses
 from tunesmith.config import ReplicasConfig, RunConfig
 from tunesmith.config_file import config_from_dict
+from tunesmith.engines import replicas
 from tunesmith.engines.replicas import ReplicasEngine
 from tunesmith.errors import UserError
 from tunesmith.methods.division import Division, check_equal, fingerprint
@@ -40,12 +41,15 @@ def start(world: int, target: Callable[..., None], arguments: Callable[[int], tu
         port = free.getsockname()[1]
     processes = []
     for rank in range(world):
-        told = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {name: str(value) for name, value in told.items()}
-        environment |= {"TUNESMITH_CACHE": os.environ["TUNESMITH_CACHE"], "TORCH_CPP_LOG_LEVEL": "FATAL"}
+        environment = launcher(rank, world, port) | {"TUNESMITH_CACHE": os.environ["TUNESMITH_CACHE"]}
         processes.append(PROCESSES.Process(target=target, args=(environment, *arguments(rank))))
         processes[-1].start()
     return processes
+
+
+def launcher(rank: int, world: int, port: int) -> dict[str, str]:
+    told = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in told.items()}
 
 
 def end(processes: Sequence[Any]) -> list[int]:
@@ -223,9 +227,9 @@ def run_on_ranks(configs: Sequence[RunConfig], folder: Path, resume: bool = Fals
 
 @pytest.fixture
 def make_replicas(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., RunConfig]:
-    def make(output: str = "run", steps: int = 10, **method: Any) -> RunConfig:
+    def make(output: str = "run", steps: int = 10, timeout_s: float = 30, **method: Any) -> RunConfig:
         sections = settings_of_run({"scorer": "in_place", **method}, train={"steps": steps, "batch_size": 4})
-        sections |= {"engine": {"name": "replicas", "timeout_s": 2}, "output": str(tmp_path / output)}
+        sections |= {"engine": {"name": "replicas", "timeout_s": timeout_s}, "output": str(tmp_path / output)}
         return make_config(**sections)
 
     return make
@@ -269,7 +273,7 @@ def test_a_run_on_two_ranks_is_that_of_one_and_rank_0_alone_writes(
 def test_a_killed_rank_is_dropped_and_the_log_still_leads_to_the_model(
     make_replicas: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    config = make_replicas(queries=3, steps=60)
+    config = make_replicas(queries=3, steps=60, timeout_s=4)
     folder = Path(config.output)
     processes = run_on_ranks([config] * 3, tmp_path)
     wait_for_step(folder, 5)
@@ -277,7 +281,7 @@ def test_a_killed_rank_is_dropped_and_the_log_still_leads_to_the_model(
     assert end(processes) == [0, -signal.SIGKILL, 0]
     events = read_events(folder / "events.jsonl")
     (lost,) = [event for event in events if event["event"] == "rank_lost"]
-    assert (lost["rank"], lost["why"]) == (1, "said nothing for 2 s")
+    assert (lost["rank"], lost["why"]) == (1, "said nothing for 4 s")
     assert events[-1]["event"] == "end"
     _, updates, _ = read_log(folder / "updates.log")
     assert len(updates) == len(losses(folder)) == 60
@@ -291,7 +295,7 @@ def test_a_killed_rank_is_dropped_and_the_log_still_leads_to_the_model(
 
 
 def test_a_rank_that_comes_too_late_is_told_so(make_replicas: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = make_replicas(steps=200)  # one query: samples are shared out
+    config = make_replicas(steps=150, timeout_s=4)  # one query: samples are shared out
     folder = Path(config.output)
     processes = run_on_ranks([config] * 2, tmp_path)
     wait_for_step(folder, 5)
@@ -301,8 +305,8 @@ def test_a_rank_that_comes_too_late_is_told_so(make_replicas: Callable[..., RunC
     assert end(processes) == [0, 2]
     said = (tmp_path / "said-1").read_text()
     assert "rank 1 came too late and was dropped" in said
-    assert "raise engine.timeout_s (now 2)" in said
-    assert len(losses(folder)) == 200
+    assert "raise engine.timeout_s (now 4)" in said
+    assert len(losses(folder)) == 150
 
 
 @pytest.mark.parametrize("what", ["rank 0 is killed", "rank 1 is told to stop"])
@@ -337,6 +341,19 @@ def test_ranks_that_were_started_otherwise_are_refused(make_replicas: Callable[.
     assert not Path(configs[0].output).exists()
 
 
+def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "START_S", 0.2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        for name, value in launcher(0, 3, taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        engine = ReplicasEngine(ReplicasConfig(device="cpu", timeout_s=0.1), "fp32")
+        with pytest.raises(UserError, match=r"did not meet .*free port"), engine.group.joined({}):
+            pass
+    with pytest.raises(UserError, match=r"of 3 ranks 1, 2 did not come within 0\.2 s"), engine.group.joined({}):
+        pass
+
+
 def test_methods_that_want_gradients_are_refused(make_config: Callable[..., RunConfig]) -> None:
     with pytest.raises(UserError, match="lora needs autograd, which the replicas engine does not offer"):
         check(make_config(engine={"name": "replicas", "device": "cpu"}))
@@ -354,7 +371,7 @@ def test_half_of_a_launcher_is_refused(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
 ) -> None:
     if "is not" not in message:
-        environment = {**environment, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+        environment = launcher(0, 1, 1) | environment
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -16,7 +16,7 @@ from tunesmith.engines.group import Group
 from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import UserError
 
-START_S = 1800.0
+START_S = 600.0
 """How long ranks wait for each other at the start, while some still read data."""
 SLICE_S = 5.0
 """How long a wait keeps Python from looking at signals."""
@@ -54,7 +54,13 @@ class Star(Group):
         self.store = _connect(self.rank, self.world)
         self.ranks = tuple(range(self.world))
         try:
-            _compare(self._exchange(dict(facts), START_S))
+            answers = self._exchange(dict(facts), START_S)
+            if missing := [rank for rank in range(self.world) if rank not in answers]:
+                raise UserError(
+                    f"engine: replicas: of {self.world} ranks {', '.join(map(str, missing))} did not come within {START_S:g} s; see "
+                    "what they say, and start all again"
+                )
+            _compare(answers)
             yield
         except Exception as error:
             self._leave(" ".join(str(error).split()) or type(error).__name__)
@@ -221,18 +227,19 @@ def _place() -> tuple[int, int]:
 
 
 def _connect(rank: int, world: int) -> Any:
-    """torch's store for this group: rank 0's own, or the one that torchrun keeps."""
-    from torch.distributed import DistError, PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    """torch's store for this group: rank 0's own, or the one that torchrun keeps at the same address."""
+    from torch.distributed import DistError, PrefixStore, TCPStore
 
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=START_S)))
+        store = TCPStore(
+            host, port, is_master=rank == 0 and not is_kept, timeout=timedelta(seconds=START_S), wait_for_workers=False
+        )
     except DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"engine: replicas: rank {rank} of {world} did not meet the others at {where} within {START_S:g} s: "
-            f"{str(error).splitlines()[0]}; see that all ranks run, and that MASTER_ADDR and MASTER_PORT lead to rank 0's "
-            "machine"
+            f"engine: replicas: rank {rank} of {world} did not meet the others at {host}:{port}: {str(error).splitlines()[0]}; "
+            "see that rank 0 runs, and that MASTER_ADDR and MASTER_PORT lead to a free port of its machine"
         ) from error
     return PrefixStore("tunesmith", store)
 
