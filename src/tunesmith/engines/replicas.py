@@ -55,10 +55,10 @@ class Star(Group):
         self.ranks = tuple(range(self.world))
         try:
             answers = self._exchange(dict(facts), START_S)
-            if missing := [rank for rank in range(self.world) if rank not in answers]:
+            if missing := ", ".join(str(rank) for rank in range(self.world) if rank not in answers):
                 raise UserError(
-                    f"engine: replicas: of {self.world} ranks {', '.join(map(str, missing))} did not come within {START_S:g} s; see "
-                    "what they say, and start all again"
+                    f"engine: replicas: of {self.world} ranks {missing} did not come within {START_S:g} s; "
+                    "see what they say, and start all again"
                 )
             _compare(answers)
             yield
