@@ -161,6 +161,7 @@ def data_show(
 def main() -> None:
     """Entry point: a UserError becomes its message, without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a wait for another rank that takes longer is no news
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
     try:

@@ -158,6 +158,21 @@ class SingleConfig(Section):
     """torch.compile each transformer block. Pays on long runs; the first steps wait for the compiler."""
 
 
+class ReplicasConfig(Section):
+    """The whole model on each of several ranks, which tell each other a few numbers a step; for method zeroth. Each rank is a
+    process that is started for itself, or by torchrun."""
+
+    name: Literal["replicas"] = "replicas"
+    activation_checkpointing: ClassVar[bool] = False
+    compile: ClassVar[bool] = False
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps …; auto takes the accelerator that torch finds, of several the one for this rank."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """A rank that is so much later than rank 0 is dropped, and the others go on."""
+    check_every: Count = 100
+    """Every n steps the ranks compare a hash of the weights; a difference stops them. 0: never."""
+
+
 class TrainConfig(Section):
     """How long, and how much per update."""
 
@@ -222,8 +237,7 @@ Optimizer = Annotated[
 Schedule = Annotated[
     ConstantConfig | LinearConfig | CosineConfig | WsdConfig, Field(discriminator="name"), _named("cosine")
 ]
-# pydantic discriminates between two or more classes; with one, its Literal name does the same.
-Engine = Annotated[SingleConfig, _named("single")]
+Engine = Annotated[SingleConfig | ReplicasConfig, Field(discriminator="name"), _named("single")]
 
 
 class RunConfig(Section):

@@ -64,10 +64,15 @@ def json_schema() -> str:
 
 def differing_keys(old: BaseModel, new: BaseModel) -> list[str]:
     """Lines `a.b: was 1, is 2` for every setting in which two configurations differ."""
-    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
+    before, after = settings_of(old), settings_of(new)
     absent = "(absent)"
     pairs = ((key, before.get(key, absent), after.get(key, absent)) for key in {**before, **after})
-    return [f"{'.'.join(key)}: was {was}, is {now}" for key, was, now in pairs if was != now]
+    return [f"{key}: was {was}, is {now}" for key, was, now in pairs if was != now]
+
+
+def settings_of(config: BaseModel) -> dict[str, Any]:
+    """Every setting by its name, such as `method.rank`; numbers, text and lists."""
+    return {".".join(key): value for key, value in _leaves(config.model_dump(mode="json"))}
 
 
 def _leaves(tree: Any, prefix: Keys = ()) -> Iterator[tuple[Keys, Any]]:

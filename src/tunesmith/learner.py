@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ class Learner:
             loss, metrics = objective.loss(scores, micro_batch)
             return loss / count, metrics
 
-        metrics = quotients(self.method.step(loss_fn, batch.split(self.micro_batch_tokens // self.method.copies), lr))
+        budget = self.micro_batch_tokens // self.method.copies
+        micro_batches = [micro_batch for part in self.method.part(batch) for micro_batch in part.split(budget)]
+        metrics = quotients(self.method.step(loss_fn, micro_batches, lr))
         metrics |= objective.derived(metrics)
         objective.update(metrics)
         tokens = {"target_tokens": (batch.weights_BT != 0).sum(), "tokens": batch.num_tokens()}
@@ -55,15 +58,29 @@ class Learner:
     def _losses(
         self, objective: Objective, micro_batch: Batch, probes: Sequence[Probe], count: Tensor
     ) -> tuple[Tensor, Metrics]:
-        """The loss at each of K states [K], and metrics averaged over them."""
+        """The loss at each of K states [K], the metrics there [K, …], and `share`: how much of the whole count is here."""
         scorer = self.method.scorer  # type: ignore[attr-defined]
         found = [objective.loss(scores, micro_batch) for scores in scorer.score(micro_batch, objective.wanted, probes)]
         losses_K = torch.stack([loss.double() for loss, _ in found]) / count
-        return losses_K, {name: torch.stack([metrics[name] for _, metrics in found]).mean(0) for name in found[0][1]}
+        metrics = {name: torch.stack([metrics[name] for _, metrics in found]).double() for name in found[0][1]}
+        return losses_K, metrics | {"share": (objective.count(micro_batch) / count).double()}
 
     @torch.no_grad()
     def evaluate(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:
-        """The objective's loss and metrics over held-out batches, without a step."""
+        """The objective's loss and metrics over held-out batches, without a step. Ranks of a group share the batches out."""
+        group, found, ranks = self.engine.group, dict[int, Any](), tuple[int, ...]()
+        while len(found) < len(ranks) or not ranks:  # anew where one was lost, and its batches with it
+            ranks = group.ranks
+            own = self._sums(objective, islice(batches, ranks.index(group.rank), None, len(ranks)), helpers)
+            found = group.gather({name: value.tolist() for name, value in own.items()})
+        sums: Metrics = {}
+        for name, value in ((name, value) for part in found.values() for name, value in part.items()):
+            sums[name] = sums.get(name, 0.0) + torch.tensor(value, dtype=torch.float64)
+        metrics = quotients({name: self.engine.sum(value) for name, value in sums.items()})
+        return metrics | objective.derived(metrics)
+
+    def _sums(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:
+        """(sum, count) of the loss and of each metric over the batches."""
         self.model.eval()
         sums: Metrics = {}
         for batch in batches:
@@ -76,8 +93,7 @@ class Learner:
                     for name, value in {"loss": total, **metrics}.items():
                         sums[name] = sums.get(name, 0.0) + value.cpu().double()
         self.model.train()
-        metrics = quotients({name: self.engine.sum(value) for name, value in sums.items()})
-        return metrics | objective.derived(metrics)
+        return sums
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, at_start: bool = False) -> Tensor:

@@ -37,6 +37,8 @@ def describe(run: Run) -> list[tuple[str, str]]:
     alone = "one sequence a row" + (" (this model cannot keep two apart)" if config.data.pack else "")
     packing = ("packed" if run.pack else alone) + (", shared prompts once" if run.share else "")
     update = f"{config.optimizer.name}, {config.schedule.name}, lr {config.optimizer.lr:g}"
+    world = run.learner.engine.group.world
+    ranks = f" · {world} ranks" if world > 1 else ""
     return [
         ("model", f"{config.model.path} · {short_number(total)} parameters · {config.model.precision}"),
         ("method", f"{config.method.name} · {short_number(active)} parameters train ({active / total:.2%})"),
@@ -47,7 +49,7 @@ def describe(run: Run) -> list[tuple[str, str]]:
         *[("", f"{number} {note}") for note, number in counts.notes.items()],
         ("tokens", f"{short_number(num_tokens)} {epoch} · longest {samples.lengths().max()} · {packing}"),
         ("steps", f"{run.steps} of {config.train.batch_size} samples · {update}"),
-        ("engine", f"{config.engine.name} on {run.learner.engine.device} · {torch.get_num_threads()} threads"),
+        ("engine", f"{config.engine.name} on {run.learner.engine.device} · {torch.get_num_threads()} threads{ranks}"),
         (
             "memory",
             f"weights {short_bytes(weights_bytes)} + gradients {short_bytes(memory.gradients_bytes)} + optimizer "

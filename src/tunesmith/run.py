@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 
 from tunesmith.config import ModelConfig, RunConfig
-from tunesmith.config_file import differing_keys
+from tunesmith.config_file import differing_keys, settings_of
 from tunesmith.data.dataset import Dataset, EvaluationBatches, evaluation_batches
 from tunesmith.data.prepare import Watch, eval_sources, training_sources, unwatched
 from tunesmith.data.samples import Samples
@@ -24,11 +25,11 @@ from tunesmith.engines.checkpoint import load_newest
 from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
 from tunesmith.helpers import build_helpers
-from tunesmith.hooks import Checkpoint, Evaluate, Log
+from tunesmith.hooks import Checkpoint, Evaluate, Hook, Log, Ranks
 from tunesmith.interrupt import StopRequest
 from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
-from tunesmith.manifest import describe, manifest, other_models, weights_hash
+from tunesmith.manifest import describe, manifest, other_models, versions, weights_hash
 from tunesmith.methods import METHODS, Extent, NonFiniteError, build_method
 from tunesmith.models.load import load_model, model_source, padding_token
 from tunesmith.models.probe import attention_span, isolates_sequences, shares_prefixes
@@ -47,6 +48,9 @@ WIDEST_MASK = 8192
 MAY_CHANGE_ON_RESUME = (
     "train.steps", "train.epochs", "train.micro_batch_tokens", "method.memory", "engine.", "checkpoint.", "evaluate.", "log."
 )  # fmt: skip
+
+OF_A_RANK = ("engine.device", "output")
+"""Settings in which ranks of a run may differ."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,22 @@ class Result:
 
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Result:
     """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend."""
-    console = console or Console(stderr=True)
+    writes = ENGINES[config.engine.name].group_kind.rank_here() == 0
+    console = console or Console(stderr=True, quiet=not writes)
     folder = RunFolder(Path(config.output).expanduser())
     if resume:
         config = _same_as_before(folder, config)
-    else:
+    elif writes:
         folder.check_free()
     check(config)
     with reading(console) as watch:
         run = build(config, watch)
+    with run.learner.engine.group.joined(_what_ranks_share(run)):
+        return _lead(run, folder, resume, console) if writes else _follow(run, folder)
+
+
+def _lead(run: Run, folder: RunFolder, resume: bool, console: Console) -> Result:
+    """The run on the only rank, or on that which writes its folder."""
     saved = _restore(run, folder, console) if resume else 0
     facts = describe(run)
     header(console, f"tunesmith → {folder.path}", facts)
@@ -101,27 +112,22 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
 
     config, learner = run.config, run.learner
     start = _keep_log(run, folder, saved)
-    assert config.optimizer.lr is not None, "RunConfig fills it"
+    learner.engine.group.hand_over(lambda: _packed(run, start), lambda state: None)
     events = EventLog(folder.events, folder.path / "tensorboard" if _wants_tensorboard(config) else None)
     events.write("resume" if resume else "start", step=start, steps=run.steps)
     progress = Progress(console, run.steps, start, run.objective.shows)
     log = Log(events, progress, config.log.every_steps)
-    held_out = evaluation_batches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack, run.share)
-    evaluate = Evaluate(run.objective, run.helpers, held_out, log, config.evaluate.every_steps)
+    evaluate, ranks = _evaluation(run, log), Ranks(log)
     checkpoint = Checkpoint(folder, log, config.checkpoint, run.objective, saved=saved)
     with progress, StopRequest() as stop:
-        if start == 0:
-            evaluate.measure(0, learner)
         try:
-            step = run_loop(
-                learner, run.objective, run.helpers, run.data, build_schedule(config.schedule, config.optimizer.lr, run.steps),
-                steps=run.steps, start=start, seed=config.seed, hooks=[log, evaluate, checkpoint], stop=stop,
-            )  # fmt: skip
+            step = _steps(run, start, evaluate, [ranks, log, evaluate, checkpoint], stop)
         except NonFiniteError as error:
             raise UserError(_diverged(error, run, checkpoint.saved)) from error
         checkpoint.save(step, learner)
         if step == run.steps:
             evaluate.measure(step, learner)
+            ranks(step, {}, learner)
             write_folder(folder.model, lambda aside: _save_model(run, aside))
             events.write("end", step=step)
     events.close()
@@ -129,6 +135,68 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     if step < run.steps:
         console.print(f"stopped after step {step} and saved; go on with: tunesmith train --resume {folder.path}")
     return Result(folder.path, step, step == run.steps, evaluate.losses)
+
+
+def _follow(run: Run, folder: RunFolder) -> Result:
+    """The run on another rank, which starts with what rank 0 has and leaves the writing to it."""
+    begun: list[int] = []
+    run.learner.engine.group.hand_over(lambda: b"", lambda state: begun.append(_unpack(run, state)))
+    (start,) = begun
+    evaluate = _evaluation(run, None)
+    with StopRequest() as stop:
+        try:
+            step = _steps(run, start, evaluate, [evaluate], stop)
+        except NonFiniteError as error:
+            raise UserError(f"step {error.step + 1}: {error}; rank 0 tells where") from error
+        if step == run.steps:
+            evaluate.measure(step, run.learner)
+    return Result(folder.path, step, step == run.steps, evaluate.losses)
+
+
+def _evaluation(run: Run, log: Log | None) -> Evaluate:
+    config = run.config
+    held_out = evaluation_batches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack, run.share)
+    return Evaluate(run.objective, run.helpers, held_out, log, config.evaluate.every_steps)
+
+
+def _steps(run: Run, start: int, evaluate: Evaluate, hooks: list[Hook], stop: StopRequest) -> int:
+    """The loop, and before it the held-out loss of the model at its start; returns the steps done."""
+    config, learner = run.config, run.learner
+    assert config.optimizer.lr is not None, "RunConfig fills it"
+    if start == 0:
+        evaluate.measure(0, learner)
+    return run_loop(
+        learner, run.objective, run.helpers, run.data, build_schedule(config.schedule, config.optimizer.lr, run.steps),
+        steps=run.steps, start=start, seed=config.seed, hooks=hooks, stop=learner.engine.group.heed(stop),
+    )  # fmt: skip
+
+
+def _what_ranks_share(run: Run) -> dict[str, Any]:
+    """What must be the same on all ranks: settings, weights, data and versions. Devices may differ, and only one writes."""
+    settings = {name: value for name, value in settings_of(run.config).items() if name not in OF_A_RANK}
+    return {
+        **settings,
+        "weights_hash": weights_hash(model_source(run.config.model)),
+        "data_fingerprint": run.samples.fingerprint(),
+        "held_out_fingerprint": run.held_out.fingerprint(),
+        **versions(),
+    }
+
+
+def _packed(run: Run, step: int) -> bytes:
+    """All that training has changed so far, for other ranks."""
+    stream = io.BytesIO()
+    torch.save({**run.learner.method.state_dict(), "objective": run.objective.state_dict(), "step": step}, stream)
+    return stream.getvalue()
+
+
+def _unpack(run: Run, packed: bytes) -> int:
+    """The inverse; returns the step."""
+    state = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+    step = state.pop("step")
+    run.objective.load_state_dict(state.pop("objective"))
+    run.learner.method.load_state_dict(state)
+    return step
 
 
 def _same_as_before(folder: RunFolder, config: RunConfig) -> RunConfig:

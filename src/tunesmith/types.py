@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -253,14 +253,27 @@ class Batch:
 
         A row, or rows that share a group, that alone exceed the budget form one micro-batch.
         """
-        ends = self.row_ends()
-        cuts = [row for row in range(1, len(ends)) if not self._one_group_across(row)] + [len(ends)]
+        ends, cuts = self.row_ends(), self._borders()
         pieces, start = [], 0
         for cut, following in pairwise(cuts):
             if (following - start) * max(ends[start:following]) > micro_batch_tokens:
                 pieces.append(self.rows(start, cut))
                 start = cut
         return [*pieces, self.rows(start, len(ends))]
+
+    def parts(self, number: int) -> list[Batch]:
+        """Cut into at most so many parts of about as many tokens, at row borders that part no group; fewer where there are not
+        as many groups."""
+        tokens = [0, *accumulate(self.row_ends())]
+        cuts = self._borders()
+        goals = [tokens[-1] * n / number for n in range(1, number)]
+        chosen = {min((abs(tokens[cut] - goal), cut) for cut in cuts)[1] for goal in goals} | {cuts[-1]}
+        return [self.rows(start, stop) for start, stop in pairwise([0, *sorted(chosen)])]
+
+    def _borders(self) -> list[int]:
+        """Rows at which the batch may be cut, its end included."""
+        rows = len(self.tokens_BT)
+        return [row for row in range(1, rows) if not self._one_group_across(row)] + [rows]
 
     def _one_group_across(self, row: int) -> bool:
         """Whether rows row-1 and row hold sequences of one group."""

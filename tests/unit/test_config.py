@@ -223,7 +223,7 @@ def test_a_config_is_frozen() -> None:
             "run.yaml:4: objective: ce_weight: uld does not say which token is which: set it between 0 and 1, such as 0.5",
         ),
         ("schedule: cosinus", "run.yaml:4: schedule: unknown name 'cosinus'; did you mean cosine?"),
-        ("engine: fsdp", "run.yaml:4: engine: input should be 'single', got 'fsdp'"),
+        ("engine: fsdp", "run.yaml:4: engine: unknown name 'fsdp'; known: single, replicas"),
         (
             "method: freeze",
             "run.yaml:4: method: nothing would train: set last_blocks, first_blocks or patterns",

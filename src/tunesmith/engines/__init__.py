@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.engines.replicas import ReplicasEngine
 from tunesmith.engines.single import SingleEngine
 
-ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine}
+ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "replicas": ReplicasEngine}
 
 
 def build_engine(config: Any, precision: str) -> SingleEngine:

@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.models.load import blocks
 from tunesmith.models.probe import find_head
@@ -25,9 +26,12 @@ class SingleEngine:
     reads: ClassVar[frozenset[str]] = frozenset({"logits", "choices", "values", "router", "embeddings", "generated"})
     """Parts of Scores beyond log-probabilities that `score` can give."""
     rank, world = 0, 1
+    """Of those among whom tensors are summed."""
+    group_kind: ClassVar[type[Group]] = Group
 
     def __init__(self, config: Any, precision: str) -> None:
         self.config = config
+        self.group: Group = Group()
         self.precision = precision
         self.device = find_device(config.device)
         if self.device.type == "cpu":

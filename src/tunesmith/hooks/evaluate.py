@@ -18,8 +18,9 @@ class Evaluate:
     """Scores the held-out batches every `every` steps (0: only when `measure` is called)."""
 
     def __init__(
-        self, objective: Objective, helpers: Mapping[str, Any], batches: Sequence[Batch], log: Log, every: int
+        self, objective: Objective, helpers: Mapping[str, Any], batches: Sequence[Batch], log: Log | None, every: int
     ) -> None:
+        """log: None where another rank writes."""
         self.objective, self.helpers, self.batches, self.log, self.every = objective, helpers, batches, log, every
         self.losses: dict[int, float] = {}
 
@@ -36,6 +37,8 @@ class Evaluate:
             name: float(value) for name, value in learner.evaluate(self.objective, self.batches, self.helpers).items()
         }
         self.losses[step] = metrics["loss"]
+        if self.log is None:
+            return
         self.log.events.write("eval", step=step, **metrics, seconds=round(perf_counter() - start, 2))
         shown = "".join(f" · {name} {metrics[name]:.3f}" for name in self.objective.shows if name in metrics)
         self.log.progress.say(f"held-out loss at step {step}: {metrics['loss']:.4f}{shown}")

@@ -47,12 +47,26 @@ class Extent:
     seed: int = 0
 
 
+class GroupLike(Protocol):
+    """What a method asks of the ranks that work on one run (`engines/group.py`)."""
+
+    rank: int
+    ranks: tuple[int, ...]
+    check_every: int
+
+    def gather(self, numbers: Any) -> dict[int, Any]: ...
+
+
 class EngineLike(Protocol):
     """What a method asks of an engine."""
 
     world: int
 
     def score(self, model: Any, batch: Batch, wanted: Wanted | None = None) -> Scores: ...
+
+    @property
+    def group(self) -> GroupLike: ...
+
     def sum(self, x: Tensor) -> Tensor: ...
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
     def reduce(self, grads: Mapping[str, Tensor]) -> None: ...
@@ -104,6 +118,10 @@ class Method:
     def score(self, batch: Batch, wanted: Wanted) -> Scores:
         """What the model says of a batch now, for an evaluation."""
         return self.engine.score(self.model, batch, wanted)
+
+    def part(self, batch: Batch) -> list[Batch]:
+        """What of a whole batch this rank goes through."""
+        return [batch]
 
     def lr_multiple(self, name: str) -> float:
         """Learning rate of a parameter over that of the schedule."""

@@ -45,6 +45,10 @@ class Directions(Protocol):
         """CRC-32 of what has gathered and is not yet in the weights; 0 where everything is."""
         ...
 
+    def state(self) -> Iterator[Tensor]:
+        """All that updates change."""
+        ...
+
     def folded(self) -> AbstractContextManager[None]:
         """Inside, the weights are all there is: for saving. Afterwards they have the bits that they had."""
         ...
@@ -184,6 +188,11 @@ class LowRankDirections:
             total = zlib.crc32(u.contiguous().cpu().numpy().tobytes(), total)
         return total
 
+    def state(self) -> Iterator[Tensor]:
+        yield from self.weights().values()
+        yield from (x for name in self.layers for pair in self.columns.pairs[name] for x in pair)
+        yield from self.momentum.values()
+
     @contextmanager
     def folded(self) -> Iterator[None]:
         before = {name: p.detach().cpu().clone() for name, p in self.weights().items()}
@@ -245,6 +254,10 @@ class DenseDirections:
 
     def checksum(self) -> int:
         return 0
+
+    def state(self) -> Iterator[Tensor]:
+        yield from self.parameters.values()
+        yield from self.momentum.values()
 
     def folded(self) -> AbstractContextManager[None]:
         return nullcontext()

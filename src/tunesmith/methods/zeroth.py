@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from tunesmith.display import short_number
 from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, LossFn, Method, Metrics, NonFiniteError, Shapes, matching
 from tunesmith.methods.directions import DenseDirections, Directions, LowRankDirections
+from tunesmith.methods.division import Division, Table, check_equal, fingerprint, mean, table_of
 from tunesmith.methods.lora import Lora
 from tunesmith.methods.update_log import Update, UpdateLog, differing, parse_updates, read_log
 from tunesmith.models.families import family_of
@@ -94,11 +96,11 @@ class Zeroth(Method):
         self.params = self.directions.weights()
         self.adapter_start = _crc(self.params.values()) if self.adapter is not None else 0
         kind = SCORERS[self.config.scorer_in_use]
-        self.scorer = kind(model, engine, self.directions, self.config, len(self.probes), self.extent)
+        self.scorer = kind(model, engine, self.directions, self.config, self.num_states, self.extent)
         self.scorer.check()
         self.updates: list[Update] = []
         self.log: UpdateLog | None = None
-        self.told = False
+        self.told = self.compared = False
 
     def _layers(self, model: Any) -> dict[str, nn.Module]:
         """The linear layers of the blocks, or those that targets name; and a value head, which may start at random."""
@@ -126,12 +128,26 @@ class Zeroth(Method):
         return layers
 
     @property
+    def division(self) -> Division:
+        """How the ranks share the next step."""
+        return Division(self.engine.group.ranks, self.config.queries)
+
+    def part(self, batch: Batch) -> list[Batch]:
+        return self.division.samples_of(self.engine.group.rank, batch)
+
+    @property
     def probes(self) -> list[Probe]:
-        """The states of a step."""
-        eps, queries = self.config.eps, range(self.config.queries)
+        """The states of a step that this rank scores. With one side, each rank scores the middle too: where the queries are
+        parted, its own slopes are then against its own rounding, and no rank's death takes the middle with it."""
+        eps, queries = self.config.eps, self.division.queries_of(self.engine.group.rank)
         if self.config.sides == "one":
             return [Probe(0, 0.0), *(Probe(q, eps) for q in queries)]
         return [Probe(q, sign * eps) for q in queries for sign in (1, -1)]
+
+    @property
+    def num_states(self) -> int:
+        """States of a step, over all ranks."""
+        return self.config.queries + 1 if self.config.sides == "one" else 2 * self.config.queries
 
     @property
     def copies(self) -> int:
@@ -146,16 +162,11 @@ class Zeroth(Method):
         checksum = self.directions.checksum() if number and number % CHECK_EVERY == 0 else 0
         self.directions.begin(number, self.config.queries)
         found = (loss_fn(micro_batch, self.probes) for micro_batch in micro_batches)
-        metrics = self.total({"losses": losses_K, **more} for losses_K, more in found)
-        losses_K = metrics.pop("losses")
+        table = table_of(self.total({"losses": losses_K, **more} for losses_K, more in found))
         self.model.train(was_training)
-        if not torch.isfinite(losses_K).all():
-            raise NonFiniteError(f"a probe's loss is {losses_K[~torch.isfinite(losses_K)][0].item()}")
-        slopes = self._slopes(losses_K.tolist())
-        scale = lr / len(slopes) / (self._spread(slopes) if self.config.scale == "std" else 1.0)
-        self._apply(Update(number, tuple(scale * slope for slope in slopes), checksum))
-        metrics["loss"] = losses_K.mean()
-        metrics["slope"] = torch.tensor(sum(abs(slope) for slope in slopes) / len(slopes))
+        slopes, metrics = self._gathered(table, number)
+        scale = lr / len(slopes) / (self._spread(list(slopes.values())) if self.config.scale == "std" else 1.0)
+        self._apply(Update(number, tuple(scale * slopes.get(q, 0.0) for q in range(self.config.queries)), checksum))
         return metrics
 
     def score(self, batch: Batch, wanted: Wanted) -> Scores:
@@ -163,28 +174,54 @@ class Zeroth(Method):
             return self.scorer.score(batch, wanted, [Probe(0, 0.0)])[0]
         return super().score(batch, wanted)
 
+    def _gathered(self, table: Table, number: int) -> tuple[dict[int, float], Metrics]:
+        """From what this rank has found and what the others say: the slope of each query that was scored, and the metrics."""
+        group, division = self.engine.group, self.division
+        said: dict[str, Any] = {"table": table}
+        if len(group.ranks) > 1 and group.check_every and (number % group.check_every == 0 or not self.compared):
+            said["state"] = fingerprint(self.directions.state())
+            self.compared = True
+        answers = group.gather(said)
+        check_equal({rank: answer["state"] for rank, answer in answers.items() if "state" in answer}, number)
+        slopes: dict[int, float] = {}
+        rows: dict[str, list[Any]] = {}
+        for queries, found in division.put_together({rank: answer["table"] for rank, answer in answers.items()}):
+            losses = found["losses"]
+            if bad := [loss for loss in losses if not math.isfinite(loss)]:
+                raise NonFiniteError(f"a probe's loss is {bad[0]}")
+            again = 1 if slopes and self.config.sides == "one" else 0  # the middle, which counts once
+            for name, value in found.items():
+                if name != "share":
+                    rows.setdefault(name, []).extend(value[again:])
+            slopes |= zip(queries, self._slopes(losses), strict=True)
+        self._tell_if_equal(slopes)
+        metrics = {name: torch.tensor(mean(value), dtype=torch.float64) for name, value in rows.items()}
+        metrics["loss"] = metrics.pop("losses")
+        metrics["slope"] = torch.tensor(mean(abs(slope) for slope in slopes.values()))
+        return slopes, metrics
+
     def _slopes(self, losses: list[float]) -> list[float]:
         """Of each query: the loss's change along its direction."""
         eps = self.config.eps
         if self.config.sides == "one":
-            slopes = [(loss - losses[0]) / eps for loss in losses[1:]]
-        else:
-            slopes = [(up - down) / (2 * eps) for up, down in zip(losses[::2], losses[1::2], strict=True)]
-        if not any(slopes) and not self.told:
+            return [(loss - losses[0]) / eps for loss in losses[1:]]
+        return [(up - down) / (2 * eps) for up, down in zip(losses[::2], losses[1::2], strict=True)]
+
+    def _tell_if_equal(self, slopes: Mapping[int, float]) -> None:
+        if not any(slopes.values()) and not self.told:
             self.told = True
             warnings.warn(
                 f"method.eps: at step {len(self.updates) + 1} the loss is the same on all sides to the last bit, so nothing is "
-                f"learnt from it; if that goes on, raise method.eps (now {eps:g}) or train.batch_size, or hold the model in a "
-                "wider type (model.precision)",
+                f"learnt from it; if that goes on, raise method.eps (now {self.config.eps:g}) or train.batch_size, or hold the "
+                "model in a wider type (model.precision)",
                 stacklevel=2,
             )
-        return slopes
 
     @staticmethod
     def _spread(slopes: list[float]) -> float:
         """Standard deviation over the queries (FZOO, eq. 6, whose losses are eps times these); inf if all are equal."""
         mean = sum(slopes) / len(slopes)
-        spread = (sum((slope - mean) ** 2 for slope in slopes) / (len(slopes) - 1)) ** 0.5
+        spread = (sum((slope - mean) ** 2 for slope in slopes) / max(1, len(slopes) - 1)) ** 0.5
         largest = max(map(abs, slopes))
         return spread if spread > 1e-3 * largest else float("inf")  # slopes that are equal but for rounding: no step
 
@@ -245,7 +282,7 @@ class Zeroth(Method):
         return {"version": 1, **kind, "weights": shapes}
 
     def describe(self) -> str:
-        config, number = self.config, len(self.probes)
+        config, number = self.config, self.num_states
         if config.directions == "dense":
             what = f"{config.noise} directions over {short_number(sum(p.numel() for p in self.params.values()))} parameters"
             if self.adapter is not None:
