@@ -3,8 +3,8 @@
     python benchmarks/zeroth/step_time.py [--sizes 10M 30M 106M] [--rounds 3] [--device cpu]
 
 Random weights; sentences of uneven length, of which `tokens` counts what is no padding. Sides take turns; each cell is the
-median over the rounds. A line is fitted to each side's cells: seconds = intercept + slope · tokens · states. The loop looks along
-one direction at a time, so two directions are two of its steps.
+median over the rounds. A line is fitted to each side's cells: seconds = intercept + slope · tokens · states. The loop looks
+along one direction at a time, so two directions are two of its steps.
 """
 
 from __future__ import annotations
