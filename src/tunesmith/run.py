@@ -307,7 +307,10 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     group = max(part.group_size for part in samples.parts)  # whose rows never part
     rows = max(group, config.train.micro_batch_tokens // tokens)
     accumulates = group * config.train.batch_size > rows
-    extent = Extent(data.steps, rows, tokens, accumulates, config.seed)
+    generate = objective.wanted.generate
+    extent = Extent(
+        data.steps, rows, tokens, accumulates, config.seed, new_tokens=generate.max_new_tokens if generate else 1
+    )
     engine, method = build_engine(config.engine, precision), build_method(config, extent)
     learner = Learner(model, engine, method, config.train.micro_batch_tokens)
     config = _with(config, "method", **method.resolved())

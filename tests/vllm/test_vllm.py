@@ -18,7 +18,7 @@ from tests.families import FAMILIES, SMALL, VOCABULARY
 from tunesmith.config_objectives import ClassifyConfig
 from tunesmith.models.low_rank import Probe
 from tunesmith.objectives import build_objective
-from tunesmith.types import Batch
+from tunesmith.types import Batch, Generation, Wanted
 
 PROBES = [Probe(0, 1e-2), Probe(0, -1e-2), Probe(1, 1e-2), Probe(1, -1e-2)]
 BUILDS = {"llama": {}, "qwen2": {}, "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64}}
@@ -92,6 +92,22 @@ def test_vllm_says_of_each_state_what_transformers_says_of_it(folder: Path, fami
         for a, b in pairs:
             torch.testing.assert_close(a.token_loss_BT, b.token_loss_BT, rtol=0, atol=2e-4)
             assert torch.equal(a.observed["accuracy"], b.observed["accuracy"])
+
+
+def test_every_state_answers_as_it_does_in_transformers(folder: Path) -> None:
+    by_vllm, by_weights = learners(folder, "llama")
+    for learner in (by_vllm, by_weights):
+        learner.method.directions.begin(0, 2)
+    wanted = Wanted(generate=Generation(6, (2, 5)))
+    probes = [Probe(0, 0.0), Probe(0, 0.1), Probe(1, -0.1)]
+    found, expected = (logprobs(learner, choices_batch(), probes, wanted) for learner in (by_vllm, by_weights))
+    answers = []
+    for a, b in zip(found, expected, strict=True):
+        width = b.generated_NG.shape[1]
+        assert torch.equal(a.generated_NG[:, :width], b.generated_NG)
+        assert (a.generated_NG[:, width:] == -1).all()
+        answers.append(a.generated_NG)
+    assert not torch.equal(answers[0], answers[1]), "or else the states were not told apart"
 
 
 def test_a_run_takes_the_same_steps_through_folds_and_a_resume(folder: Path) -> None:

@@ -45,6 +45,8 @@ class Extent:
     accumulates: bool = False
     """Whether an update takes several micro-batches."""
     seed: int = 0
+    new_tokens: int = 1
+    """What may be generated behind a row at most."""
 
 
 class GroupLike(Protocol):

@@ -30,7 +30,7 @@ class VllmScorer(Scorer):
     """
 
     directions: LowRankDirections
-    reads: ClassVar[frozenset[str] | None] = frozenset({"choices"})
+    reads: ClassVar[frozenset[str] | None] = frozenset({"choices", "generated"})
     holds_weights: ClassVar[bool] = True
 
     @classmethod
@@ -58,7 +58,8 @@ class VllmScorer(Scorer):
         sizes = {name: layer_sizes(layer) for name, layer in self.directions.layers.items()}
         defaults: dict[str, Any] = {
             "model": self.model.name_or_path, "skip_tokenizer_init": True, "dtype": str(dtype).removeprefix("torch."),
-            "max_model_len": self.extent.tokens + 1, "enable_lora": True, "max_lora_rank": rank, "max_loras": self.num_states,
+            "max_model_len": self.extent.tokens + self.extent.new_tokens,
+            "enable_lora": True, "max_lora_rank": rank, "max_loras": self.num_states,
             "lora_target_modules": sorted({name.rpartition(".")[2] for name in sizes}),
             "enable_prefix_caching": True, "worker_extension_cls": "tunesmith.scorers.vllm_worker.ZerothWorker",
         }  # fmt: skip
@@ -108,7 +109,7 @@ class VllmScorer(Scorer):
         self._tell(
             "zeroth_states", step, self.directions.queries, [(probe.query, probe.coefficient) for probe in probes]
         )
-        ask = self._among if wanted.among else self._logprobs
+        ask = self._answers if wanted.generate else self._among if wanted.among else self._logprobs
         return ask(batch, wanted, len(probes))
 
     def _generate(self, prompts: list[list[int]], parameters: list[Any], states: int) -> list[list[Any]]:
@@ -124,6 +125,24 @@ class VllmScorer(Scorer):
         adapters = [LoRARequest(f"state-{state}", state + 1, "/never/read") for state in range(states) for _ in prompts]
         found = self.llm.generate(asked, parameters * states, lora_request=adapters, use_tqdm=False)
         return [found[state * len(prompts) : (state + 1) * len(prompts)] for state in range(states)]
+
+    def _answers(self, batch: Batch, wanted: Wanted, states: int) -> list[Scores]:
+        """Greedy answers to the prompts."""
+        from vllm import SamplingParams
+
+        assert wanted.generate is not None
+        prompts = [prompt.tolist() for prompt, _ in batch.questions()]
+        here = [n for n, prompt in enumerate(prompts) if prompt]
+        longest, ends = wanted.generate.max_new_tokens, list(wanted.generate.end_tokens)
+        ask = SamplingParams(max_tokens=longest, temperature=0, ignore_eos=True, stop_token_ids=ends, detokenize=False)
+        scores = []
+        for outputs in self._generate([prompts[n] for n in here], [ask] * len(here), states):
+            generated_NG = batch.sample_N.new_full((len(prompts), longest), -1)
+            for n, output in zip(here, outputs, strict=True):
+                tokens = [token for token in output.outputs[0].token_ids if token not in ends]
+                generated_NG[n, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            scores.append(Scores(torch.zeros_like(batch.weights_BT), generated_NG=generated_NG))
+        return scores
 
     def _logprobs(self, batch: Batch, wanted: Wanted, states: int) -> list[Scores]:
         """Log-probabilities of all targets, as those of tokens in a prompt."""
