@@ -22,11 +22,19 @@ def in_turn(sides: Mapping[str, Callable[[], float | None]], rounds: int) -> dic
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):
         for name, run in sides.items():
+            synchronize()
             start = perf_counter()
             own = run()
+            synchronize()
             if round_:
                 seconds[name].append(perf_counter() - start if own is None else own)
     return seconds
+
+
+def synchronize() -> None:
+    """Wait for what an accelerator still has to do, so that it is not counted as the next side's."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
@@ -50,4 +58,4 @@ def print_machine() -> None:
     )
 
 
-__all__ = ["in_own_process", "in_turn", "median", "perf_counter", "print_machine", "ratio"]
+__all__ = ["in_own_process", "in_turn", "median", "perf_counter", "print_machine", "ratio", "synchronize"]

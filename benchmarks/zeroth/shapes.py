@@ -74,9 +74,12 @@ def step_of_ours(learner: Learner, batch: Batch) -> None:
     float(learner.step(OBJECTIVE, batch, 1e-9)["loss"])
 
 
-def steps_of_loop(loop: LozoLoop, batch: Batch, number: int = 1) -> None:
-    for _ in range(number):
-        loop.step(batch, 1e-9)
+def steps_of_loop(learner: Learner, loop: LozoLoop, batch: Batch, number: int = 1) -> None:
+    """The learner is ours, whose model the loop has; its own columns are away meanwhile."""
+    method: Any = learner.method
+    with method.directions.off():
+        for _ in range(number):
+            loop.step(batch, 1e-9)
 
 
 def make_batch(lengths: list[int], pack: bool) -> Batch:

@@ -47,9 +47,7 @@ class Learner:
             loss, metrics = objective.loss(scores, micro_batch)
             return loss / count, metrics
 
-        budget = self.micro_batch_tokens // self.method.copies
-        micro_batches = [micro_batch for part in self.method.part(batch) for micro_batch in part.split(budget)]
-        metrics = quotients(self.method.step(loss_fn, micro_batches, lr))
+        metrics = quotients(self.method.step(loss_fn, self.method.micro_batches(batch, self.micro_batch_tokens), lr))
         metrics |= objective.derived(metrics)
         objective.update(metrics)
         tokens = {"target_tokens": (batch.weights_BT != 0).sum(), "tokens": batch.num_tokens()}

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tunesmith.config import ModelConfig, RunConfig
+from tunesmith.config import RunConfig
 from tunesmith.config_file import differing_keys, settings_of
 from tunesmith.data.dataset import Dataset, EvaluationBatches, evaluation_batches
-from tunesmith.data.prepare import Watch, eval_sources, training_sources, unwatched
+from tunesmith.data.prepare import Watch, unwatched
 from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
@@ -36,17 +36,17 @@ from tunesmith.models.probe import attention_span, isolates_sequences, shares_pr
 from tunesmith.models.score import has_router
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.report import write_report
+from tunesmith.run_check import check
 from tunesmith.run_data import open_data
 from tunesmith.run_folder import EventLog, RunFolder, read_events, write_folder
 from tunesmith.schedules import build_schedule
-from tunesmith.score_store import INDEX
-from tunesmith.scorers import SCORERS, Scorer
 
 WIDEST_MASK = 8192
 """Tokens of the longest row in which prompts are shared: the attention mask has their square, 256 MiB in fp32."""
 
 MAY_CHANGE_ON_RESUME = (
-    "train.steps", "train.epochs", "train.micro_batch_tokens", "method.memory", "engine.", "checkpoint.", "evaluate.", "log."
+    "train.steps", "train.epochs", "train.micro_batch_tokens", "method.memory", "method.scorer", "method.vllm", "engine.",
+    "checkpoint.", "evaluate.", "log.",
 )  # fmt: skip
 
 OF_A_RANK = ("engine.device", "output")
@@ -225,58 +225,6 @@ def _with(config: RunConfig, section: str, **settings: Any) -> RunConfig:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=settings)})
 
 
-def check(config: RunConfig) -> None:
-    """All that can be known without loading weights. Raises UserError."""
-    objective, method, engine = (
-        build_objective(config.objective),
-        METHODS[config.method.name],
-        ENGINES[config.engine.name],
-    )
-    scorer_name = config.method.scorer_in_use if config.method.name == "zeroth" else "engine's"
-    scorer = SCORERS.get(scorer_name, Scorer)
-    scorer.check_installed()
-    for who, wants, whose, offers in (
-        (config.method.name, method.requires, f"{config.engine.name} engine", engine.provides),
-        (config.objective.name, objective.reads, f"{config.engine.name} engine", engine.reads),
-        (
-            config.objective.name,
-            objective.reads,
-            f"{scorer_name} scorer",
-            engine.reads if scorer.reads is None else scorer.reads,
-        ),
-    ):
-        if missing := wants - offers:
-            raise UserError(f"{who} needs {', '.join(sorted(missing))}, which the {whose} does not offer")
-    if objective.no_gradient and "autograd" in method.requires:
-        able = ", ".join(name for name, kind in METHODS.items() if "autograd" not in kind.requires)
-        raise UserError(
-            f"{objective.no_gradient}: has no gradient, which method: {config.method.name} needs; use method: {able}"
-        )
-    if config.log.tensorboard and not find_spec("tensorboard"):
-        raise UserError("log.tensorboard: tensorboard is not installed; pip install 'tunesmith[tensorboard]'")
-    if config.optimizer.name == "adamw8bit" and not find_spec("torchao"):
-        raise UserError("optimizer: adamw8bit comes from torchao; pip install 'tunesmith[torchao]'")
-    template = config.model.chat_template
-    if template and template != "chatml" and not Path(template).is_file():
-        raise UserError(f"model.chat_template: {template}: no such file; give a Jinja file, or chatml")
-    training_sources(config.data)
-    eval_sources(config.data)
-    model_source(config.model)
-    for setting in ("reference_model", "teacher"):
-        path = getattr(config.objective, setting, None)
-        if path and not (setting == "teacher" and _scores_are_there(config)):
-            try:
-                model_source(ModelConfig(path=path))
-            except UserError as error:
-                raise UserError(f"objective.{setting}: {error}") from error
-
-
-def _scores_are_there(config: RunConfig) -> bool:
-    """Whether a file holds what the teacher would say, so that it need not be here."""
-    file = getattr(config.objective, "scores_file", None)
-    return file is not None and (Path(file).expanduser() / INDEX).is_file()
-
-
 def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
     device = find_device(config.engine.device)
@@ -308,9 +256,8 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     rows = max(group, config.train.micro_batch_tokens // tokens)
     accumulates = group * config.train.batch_size > rows
     generate = objective.wanted.generate
-    extent = Extent(
-        data.steps, rows, tokens, accumulates, config.seed, new_tokens=generate.max_new_tokens if generate else 1
-    )
+    longest = (config.data.max_tokens if config.data.stream else longest) + (generate.max_new_tokens if generate else 1)
+    extent = Extent(data.steps, rows, tokens, accumulates, config.seed, longest)
     engine, method = build_engine(config.engine, precision), build_method(config, extent)
     learner = Learner(model, engine, method, config.train.micro_batch_tokens)
     config = _with(config, "method", **method.resolved())

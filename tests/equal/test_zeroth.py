@@ -777,3 +777,22 @@ def test_a_wrong_estimator_does_not_learn() -> None:
 
     assert fall(broken=False) > 0.3
     assert fall(broken=True) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_as_adapters_are_the_states_that_are_applied(dtype: torch.dtype) -> None:
+    """B A of each state against U_acc Vᵀ + c U_q Vᵀ: in 16 bits to the 16 bits that two columns hold, and not to eight."""
+    learner = learner_of(make_model("llama", dtype), queries=2, rank=3)
+    steps(learner, 3)
+    directions: Any = learner.method.directions
+    directions.begin(3, 2)
+    probes = [Probe(0, 1e-3), Probe(1, -1e-3), Probe(1, 0.0)]
+    columns, name = directions.columns, next(iter(directions.layers))
+    with columns.at(probes, directions.u):
+        a, b = columns.as_adapters(name, dtype)
+    u, v = columns.of(name)
+    for probe, of_state in zip(probes, b, strict=True):
+        expected = (u.double() + probe.coefficient * directions.u[name][probe.query].double()) @ v.double().T
+        found = of_state.double() @ a.double()
+        error = (found - expected).abs().max() / (expected.abs().max() + 1e-30)
+        assert error < 1e-4

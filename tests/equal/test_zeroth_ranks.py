@@ -27,7 +27,8 @@ from tunesmith.errors import UserError
 from tunesmith.methods.division import Division, check_equal, fingerprint
 from tunesmith.methods.update_log import read_log
 from tunesmith.replay import replay
-from tunesmith.run import check, train
+from tunesmith.run import train
+from tunesmith.run_check import check
 from tunesmith.run_folder import read_events
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -378,3 +379,21 @@ def test_half_of_a_launcher_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         ReplicasEngine(ReplicasConfig(device="cpu"), "fp32")
+
+
+def test_a_restart_by_torchrun_reads_nothing_of_the_attempt_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's agent keeps the store over attempts, in which rounds count from 1 again."""
+    from torch.distributed import TCPStore
+
+    from tunesmith.engines.replicas import _connect
+
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    _connect(0, 2).set("1", "old")
+    assert _connect(1, 2).check(["1"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not _connect(1, 2).check(["1"])

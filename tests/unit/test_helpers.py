@@ -16,7 +16,8 @@ from tunesmith.cache import cache_folder
 from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.errors import UserError
 from tunesmith.helpers import ModelReference, StartReference, StoredReference, weights_key
-from tunesmith.run import Run, build, check, train
+from tunesmith.run import Run, build, train
+from tunesmith.run_check import check
 from tunesmith.run_folder import RunFolder
 
 Make = Callable[..., RunConfig]

@@ -26,7 +26,7 @@ from tunesmith.learner import Learner
 from tunesmith.methods import METHODS
 from tunesmith.models.probe import isolates_sequences
 from tunesmith.objectives.distill import Distill, sorted_distance
-from tunesmith.run import check
+from tunesmith.run_check import check
 from tunesmith.score_store import ScoreStore
 from tunesmith.teacher import StoredTeacher, Teacher, load_teacher, one_a_row, open_teacher
 from tunesmith.types import Batch

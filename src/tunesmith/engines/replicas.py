@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from time import monotonic
 from typing import Any, ClassVar
@@ -18,6 +19,8 @@ from tunesmith.errors import UserError
 
 START_S = 600.0
 """How long ranks wait for each other at the start, while some still read data."""
+REPLAY_S = 12 * 3600.0
+"""The same while each makes its weights anew from the log of a run that is resumed."""
 SLICE_S = 5.0
 """How long a wait keeps Python from looking at signals."""
 GRACE_S = 5.0
@@ -70,13 +73,10 @@ class Star(Group):
     def hand_over(self, give: Callable[[], bytes], take: Callable[[bytes], None]) -> None:
         if self.store is None:
             return
-        if self.rank == 0:
-            self.store.set("state", give())
-        elif self._arrives("state", START_S):
-            take(self.store.get("state"))
-        self._exchange(None, START_S)
-        if self.rank == 0:
-            self.store.delete_key("state")
+        given = self._exchange(b64encode(give()).decode() if self.rank == 0 else None, REPLAY_S)
+        if self.rank:
+            take(b64decode(given[0]))
+        self._exchange(None, REPLAY_S)
 
     def gather(self, numbers: Any) -> dict[int, Any]:
         return self._exchange(numbers, self.timeout_s)
@@ -180,15 +180,18 @@ class Star(Group):
         """Say so in place of the next numbers. The store ends with rank 0, which first hears from all others once more."""
         if self.store is None:
             return
+        from torch.distributed import DistNetworkError
+
         self.round += 1
         word = {"left": why}
-        if self.rank:
-            self.store.set(f"{self.round}/{self.rank}", json.dumps(word))
-        else:
-            self.store.set(str(self.round), json.dumps({0: word}))
-            deadline = monotonic() + self.timeout_s
-            for rank in self.ranks[1:]:
-                self._arrives(f"{self.round}/{rank}", deadline - monotonic())
+        with suppress(DistNetworkError):  # rank 0 was sooner, or died
+            if self.rank:
+                self.store.set(f"{self.round}/{self.rank}", json.dumps(word))
+            else:
+                self.store.set(str(self.round), json.dumps({0: word}))
+                deadline = monotonic() + self.timeout_s
+                for rank in self.ranks[1:]:
+                    self._arrives(f"{self.round}/{rank}", deadline - monotonic())
         self.store = None
 
 
@@ -241,7 +244,10 @@ def _connect(rank: int, world: int) -> Any:
             f"engine: replicas: rank {rank} of {world} did not meet the others at {host}:{port}: {str(error).splitlines()[0]}; "
             "see that rank 0 runs, and that MASTER_ADDR and MASTER_PORT lead to a free port of its machine"
         ) from error
-    return PrefixStore("tunesmith", store)
+    attempt = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+    return PrefixStore(
+        f"tunesmith/{attempt}", store
+    )  # torchrun keeps the store, and what an earlier attempt left in it
 
 
 def _compare(facts: Mapping[int, Mapping[str, Any]]) -> None:

@@ -45,8 +45,8 @@ class Extent:
     accumulates: bool = False
     """Whether an update takes several micro-batches."""
     seed: int = 0
-    new_tokens: int = 1
-    """What may be generated behind a row at most."""
+    longest: int = 2
+    """Tokens of the longest sample and of what is generated behind it, one at least."""
 
 
 class GroupLike(Protocol):
@@ -112,18 +112,13 @@ class Method:
         assert self.params, "adapt left nothing to train"
         self.optimizer = build_optimizer(self.optimizer_config, self.params, self.lr_multiple)
 
-    @property
-    def copies(self) -> int:
-        """How often a micro-batch is in the model at once."""
-        return 1
-
     def score(self, batch: Batch, wanted: Wanted) -> Scores:
         """What the model says of a batch now, for an evaluation."""
         return self.engine.score(self.model, batch, wanted)
 
-    def part(self, batch: Batch) -> list[Batch]:
-        """What of a whole batch this rank goes through."""
-        return [batch]
+    def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
+        """What goes through the model here of a whole batch, in pieces that bring at most so many tokens into it."""
+        return batch.split(tokens)
 
     def lr_multiple(self, name: str) -> float:
         """Learning rate of a parameter over that of the schedule."""

@@ -132,8 +132,12 @@ class Zeroth(Method):
         """How the ranks share the next step."""
         return Division(self.engine.group.ranks, self.config.queries)
 
-    def part(self, batch: Batch) -> list[Batch]:
-        return self.division.samples_of(self.engine.group.rank, batch)
+    def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
+        parts = self.division.samples_of(self.engine.group.rank, batch)
+        if self.scorer.holds_weights:  # and sees to its own memory
+            return parts
+        budget = tokens // self.scorer.copies(len(self.probes))
+        return [micro_batch for part in parts for micro_batch in part.split(budget)]
 
     @property
     def probes(self) -> list[Probe]:
@@ -148,11 +152,6 @@ class Zeroth(Method):
     def num_states(self) -> int:
         """States of a step, over all ranks."""
         return self.config.queries + 1 if self.config.sides == "one" else 2 * self.config.queries
-
-    @property
-    def copies(self) -> int:
-        """How often a micro-batch is in the model at once."""
-        return self.scorer.copies(len(self.probes))
 
     @torch.no_grad()
     def step(self, loss_fn: LossFn, micro_batches: Sequence[Batch], lr: float) -> Metrics:

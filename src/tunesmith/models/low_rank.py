@@ -124,14 +124,18 @@ class LowRankColumns:
             return None
 
     def as_adapters(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The states of `at` as products B A that are added to the weight: (A [C, I] of all states, B [K, O, C])."""
-        v_IR, right_KCO = self._prepare(name, dtype)
-        rank = self.pairs[name][-1][1].shape[1]
-        gathered = (right_KCO.shape[1] - rank) // v_IR.shape[1]
-        scale_K = torch.tensor([probe.coefficient for probe in self.probes], dtype=dtype, device=v_IR.device)
-        b_KOC = right_KCO.mT.clone()
-        b_KOC[..., -rank:] *= scale_K[:, None, None]
-        return torch.cat([v_IR] * gathered + [v_IR[:, -rank:]], 1).T, b_KOC
+        """The states of `at` as products B A that are added to the weight: (A [C, I] of all states, B [K, O, C]). In 16 bits
+        each column is two, the rounded numbers and what rounding left."""
+        u, v = self.of(name)
+        last = self.pairs[name][-1][1]
+        scale_K = torch.tensor([probe.coefficient for probe in self.probes], device=v.device)
+        moved_KOr = self.u[name][[probe.query for probe in self.probes]] * scale_K[:, None, None]
+        b_KOC = torch.cat([u.expand(len(self.probes), *u.shape), moved_KOr], 2)
+        a_IC = torch.cat([v, last], 1).to(dtype)  # noise is exact in 16 bits too
+        rounded = b_KOC.to(dtype)
+        if dtype.itemsize >= 4:
+            return a_IC.T, rounded
+        return torch.cat([a_IC, a_IC], 1).T, torch.cat([rounded, (b_KOC - rounded.float()).to(dtype)], 2)
 
     def _prepare(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Gathered columns and those of the probes stay apart: together, the small ones would drown in rounding. In 16 bits

@@ -20,6 +20,9 @@ from tunesmith.types import Batch, Scores, Wanted
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM has kernels for."""
 
+MOST_CHOICES = 128
+"""`logprob_token_ids` that vLLM takes of a request."""
+
 
 class VllmScorer(Scorer):
     """The model here is the master: it takes the folds and is saved. vLLM scores a copy of it; over the border go seeds,
@@ -44,8 +47,13 @@ class VllmScorer(Scorer):
     def check(self) -> None:
         """Start vLLM on the model's folder, with `method.vllm` over the arguments chosen here."""
         dtype = next(iter(self.directions.weights().values())).dtype
-        in_one_term = dtype.itemsize >= 4
-        columns = self.directions.max_columns(self.extent.steps) * (1 if in_one_term else 2) + self.directions.rank
+        if dtype.itemsize >= 4 and torch.accelerator.is_available():
+            raise UserError(
+                "method.scorer: vllm multiplies adapters in 16 bits on accelerators; set model.precision to bf16"
+            )
+        columns = self.directions.max_columns(self.extent.steps) + self.directions.rank
+        columns *= 1 if dtype.itemsize >= 4 else 2  # see LowRankColumns.as_adapters
+        room = getattr(self.model.config, "max_position_embeddings", None) or self.extent.longest
         rank = next((rank for rank in RANKS if rank >= columns), None)
         if rank is None:
             raise UserError(
@@ -58,7 +66,7 @@ class VllmScorer(Scorer):
         sizes = {name: layer_sizes(layer) for name, layer in self.directions.layers.items()}
         defaults: dict[str, Any] = {
             "model": self.model.name_or_path, "skip_tokenizer_init": True, "dtype": str(dtype).removeprefix("torch."),
-            "max_model_len": self.extent.tokens + self.extent.new_tokens,
+            "max_model_len": min(self.extent.longest, room),
             "enable_lora": True, "max_lora_rank": rank, "max_loras": self.num_states,
             "lora_target_modules": sorted({name.rpartition(".")[2] for name in sizes}),
             "enable_prefix_caching": True, "worker_extension_cls": "tunesmith.scorers.vllm_worker.ZerothWorker",
@@ -98,6 +106,8 @@ class VllmScorer(Scorer):
 
     @torch.no_grad()
     def score(self, batch: Batch, wanted: Wanted, probes: Sequence[Probe]) -> list[Scores]:
+        if any(batch.media_N):
+            raise UserError("method.scorer: vllm scores text alone, and there are media in the data; set it to batched")
         self._note_folds()
         if self.stale:
             self.stale = False
@@ -169,6 +179,11 @@ class VllmScorer(Scorer):
         assert wanted.among is not None
         row_N, column_N = (batch.weights_BT != 0).nonzero(as_tuple=True)
         choice_NK = batch.token_columns[wanted.among][row_N, column_N]
+        if choice_NK.shape[1] > MOST_CHOICES:
+            raise UserError(
+                f"data.labels: vLLM tells the log-probabilities of {MOST_CHOICES} tokens at most, and there are "
+                f"{choice_NK.shape[1]} label words; set method.scorer to batched"
+            )
         sequence_N = batch.sequence_BT[row_N, column_N].tolist()
         whole = [tokens.tolist() for tokens, _ in batch.sequences()]
         prompts = [

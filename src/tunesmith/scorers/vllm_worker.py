@@ -71,6 +71,7 @@ class ZerothWorker:
         """What has gathered is in the weights from now on."""
         if self._directions is not None:
             self._directions.columns.clear()
+            self._directions.step = -1
 
     def zeroth_move(self, step: int, coefficients: Sequence[float]) -> None:
         """Take an update."""
@@ -82,6 +83,7 @@ class ZerothWorker:
         """Write the states of these probes into the slots."""
         self._begin(step, queries)
         assert self._directions is not None
+        assert len(probes) <= len(self._slots), "a state without a slot would not be written"
         columns = self._directions.columns
         with columns.at([Probe(*probe) for probe in probes], self._directions.u):
             for name, (module, part) in self._places.items():
@@ -98,7 +100,8 @@ class ZerothWorker:
         """The same directions as the method's, of which it tells step by step; a first one may be later than 0."""
         if self._directions is None:
             self._directions = LowRankDirections(self._layers, **self._settings, bank_rank=None, on_disk=False)
-        self._directions.begin(step, queries)
+        if (self._directions.step, self._directions.queries) != (step, queries):
+            self._directions.begin(step, queries)
 
 
 def _sized(size: tuple[int, int], device: Any) -> nn.Module:
