@@ -295,6 +295,65 @@ def test_a_layer_that_sees_some_tokens_alone_is_found() -> None:
         learner_of(model)
 
 
+def mixes(model: Any) -> None:
+    """Let half of the linear layers take each row under the other row's state."""
+    for block in model.model.layers:
+        block.mlp.register_forward_pre_hook(lambda _, given: (given[0].flip(0),))
+        block.mlp.register_forward_hook(lambda _, given, output: output.flip(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_massive_activation_neither_hides_nor_makes_mixed_states(dtype: torch.dtype) -> None:
+    """It is far larger than what tells two states apart in all other channels."""
+
+    def massive() -> Any:
+        model = make_model("llama", dtype)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, 3] = 1e3
+        return model
+
+    learner = learner_of(massive())
+    hidden: Any = learner.method.scorer._hidden(torch.arange(1, 9)[None], (Probe(0, 0.0),), learner.method.directions.u)
+    assert (hidden.abs().amax(-1) > 100 * hidden.abs().median(-1).values).all()
+    model = massive()
+    mixes(model)
+    with pytest.raises(UserError, match=r"set method\.scorer to in_place"):
+        learner_of(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_hidden_states_that_are_not_finite_are_told(value: float) -> None:
+    model = make_model("llama", torch.bfloat16)
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    with pytest.raises(
+        UserError, match=r"model\.precision: LlamaForCausalLM .* not finite in bfloat16; set it to mixed"
+    ):
+        learner_of(model)
+
+
+def test_a_number_that_is_no_number_beside_other_states_alone_is_found() -> None:
+    model = make_model("llama")
+
+    def spoil(_: Any, given: Any, output: Tensor) -> Tensor:
+        return output if torch.equal(given[0][0], given[0][-1]) else output * float("nan")
+
+    model.model.norm.register_forward_hook(spoil)
+    with pytest.raises(UserError, match=r"set method\.scorer to in_place"):
+        learner_of(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_kept_apart_in_all_families(family: str, dtype: torch.dtype) -> None:
+    """And where the first linear layer reads the rows of the other state, it is found."""
+    method: Any = learner_of(make_model(family, dtype)).method
+    layer = next(iter(method.directions.layers.values()))
+    layer.register_forward_pre_hook(lambda _, given: (given[0].flip(0), *given[1:]))
+    with pytest.raises(UserError, match=r"set method\.scorer to in_place"):
+        method.scorer.check()
+
+
 # --- folding
 
 
