@@ -17,6 +17,7 @@ from tests.product.test_product import equal_bits, final_state, losses
 from tunesmith.config import RunConfig, SftConfig, SgdConfig, SingleConfig, ZerothConfig
 from tunesmith.engines import SingleEngine
 from tunesmith.engines.checkpoint import checkpoints
+from tunesmith.engines.single import find_precision
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS, Extent, NonFiniteError
@@ -242,7 +243,6 @@ def test_batched_states_are_those_put_into_the_weights(family: str, pack: bool, 
         ({}, torch.float32),
         ({}, torch.bfloat16),
         ({"scorer": "in_place"}, torch.float32),
-        ({"scorer": "in_place"}, torch.bfloat16),
         ({"directions": "dense"}, torch.float32),
     ],
     ids=str,
@@ -800,6 +800,39 @@ def test_without_another_word_the_optimizer_is_sgd_at_its_own_rate() -> None:
 def test_dense_directions_need_32_bits() -> None:
     with pytest.raises(UserError, match=r"model\.precision: dense directions"):
         learner_of(make_model("llama", torch.bfloat16), directions="dense")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_put_into_the_weights_need_32_bits(dtype: torch.dtype) -> None:
+    with pytest.raises(
+        UserError, match=r"method\.scorer: in_place .* to batched, or model\.precision to mixed or fp32"
+    ):
+        learner_of(make_model("llama", dtype), scorer="in_place")
+
+
+def test_precision_auto_holds_in_32_bits_what_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.engines.single._bf16_is_faster", lambda device: True)
+    expected = {
+        "mixed": [{"scorer": "in_place"}, {"directions": "dense"}],
+        "bf16": [{}, {"scorer": "vllm"}, {"directions": "dense", "adapter_rank": 4}],
+    }
+    for precision, cases in expected.items():
+        for settings in cases:
+            needs = METHODS["zeroth"].needs_fp32_weights(ZerothConfig(**settings))
+            assert find_precision("auto", torch.device("cpu"), needs) == precision
+
+
+@pytest.mark.parametrize("scorer", ["in_place", "vllm"])
+def test_a_replay_asks_no_scorer(make_config: Callable[..., RunConfig], tmp_path: Path, scorer: str) -> None:
+    """Of a bf16 run, whose states in_place would refuse to score; and where vLLM may not be installed."""
+    result = train(make_config(**settings_of_run(), model={"precision": "bf16"}))
+    config = result.folder / "config.yaml"
+    text = config.read_text()
+    assert "scorer: auto" in text
+    config.write_text(text.replace("scorer: auto", f"scorer: {scorer}"))
+    replay(result.folder, None, tmp_path / "last")
+    last = (tmp_path / "last/model.safetensors").read_bytes()
+    assert last == (result.folder / "model/model.safetensors").read_bytes()
 
 
 def test_targets_choose_layers_and_unknown_ones_are_told() -> None:
