@@ -51,16 +51,13 @@ def replay(
     if header["base_weights_hash"] != weights_hash(source):
         raise UserError(f"{config.model.path}: these are not the weights from which the log of {folder} leads on")
 
-    method = config.method.model_copy(
-        update={"scorer": "in_place", "vllm": {}, **({"fold": "never"} if form == "adapter" else {})}
-    )
+    settings = config.method.model_copy(update={"fold": "never"} if form == "adapter" else {})
     objective = build_objective(config.objective)
     torch.manual_seed(header["seed"])  # a value head of its own starts as it did in the run
     model = load_model(config.model, model_dtype(config.model.precision), objective.head, objective.num_labels)
-    config = config.model_copy(update={"method": method})
-    learner = Learner(
-        model, build_engine(config.engine, config.model.precision), build_method(config, Extent(seed=header["seed"])), 1
-    )
+    config = config.model_copy(update={"method": settings})
+    method = build_method(config, Extent(steps=0, seed=header["seed"]))
+    learner = Learner(model, build_engine(config.engine, config.model.precision), method, 1)
     zeroth = learner.method
     assert isinstance(zeroth, Zeroth), "the configuration says so"
     if other := differing(zeroth.identity(), header):

@@ -17,6 +17,7 @@ from tests.product.test_product import equal_bits, final_state, losses
 from tunesmith.config import RunConfig, SftConfig, SgdConfig, SingleConfig, ZerothConfig
 from tunesmith.engines import SingleEngine
 from tunesmith.engines.checkpoint import checkpoints
+from tunesmith.engines.single import find_precision
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS, Extent, NonFiniteError
@@ -242,7 +243,6 @@ def test_batched_states_are_those_put_into_the_weights(family: str, pack: bool, 
         ({}, torch.float32),
         ({}, torch.bfloat16),
         ({"scorer": "in_place"}, torch.float32),
-        ({"scorer": "in_place"}, torch.bfloat16),
         ({"directions": "dense"}, torch.float32),
     ],
     ids=str,
@@ -293,6 +293,65 @@ def test_a_layer_that_sees_some_tokens_alone_is_found() -> None:
     layer.forward = lambda x: inner(x.flatten(0, -2)[:5]).sum() + inner(x)
     with pytest.raises(UserError, match=r"set method\.scorer to in_place"):
         learner_of(model)
+
+
+def mixes(model: Any) -> None:
+    """Let half of the linear layers take each row under the other row's state."""
+    for block in model.model.layers:
+        block.mlp.register_forward_pre_hook(lambda _, given: (given[0].flip(0),))
+        block.mlp.register_forward_hook(lambda _, given, output: output.flip(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_massive_activation_neither_hides_nor_makes_mixed_states(dtype: torch.dtype) -> None:
+    """It is far larger than what tells two states apart in all other channels."""
+
+    def massive() -> Any:
+        model = make_model("llama", dtype)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, 3] = 1e3
+        return model
+
+    learner = learner_of(massive())
+    hidden: Any = learner.method.scorer._hidden(torch.arange(1, 9)[None], (Probe(0, 0.0),), learner.method.directions.u)
+    assert (hidden.abs().amax(-1) > 100 * hidden.abs().median(-1).values).all()
+    model = massive()
+    mixes(model)
+    with pytest.raises(UserError, match=r"set method\.scorer to in_place"):
+        learner_of(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_hidden_states_that_are_not_finite_are_told(value: float) -> None:
+    model = make_model("llama", torch.bfloat16)
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    with pytest.raises(
+        UserError, match=r"model\.precision: LlamaForCausalLM .* not finite in bfloat16; set it to mixed"
+    ):
+        learner_of(model)
+
+
+def test_a_number_that_is_no_number_beside_other_states_alone_is_found() -> None:
+    model = make_model("llama")
+
+    def spoil(_: Any, given: Any, output: Tensor) -> Tensor:
+        return output if torch.equal(given[0][0], given[0][-1]) else output * float("nan")
+
+    model.model.norm.register_forward_hook(spoil)
+    with pytest.raises(UserError, match=r"set method\.scorer to in_place"):
+        learner_of(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_kept_apart_in_all_families(family: str, dtype: torch.dtype) -> None:
+    """And where the first linear layer reads the rows of the other state, it is found."""
+    method: Any = learner_of(make_model(family, dtype)).method
+    layer = next(iter(method.directions.layers.values()))
+    layer.register_forward_pre_hook(lambda _, given: (given[0].flip(0), *given[1:]))
+    with pytest.raises(UserError, match=r"set method\.scorer to in_place"):
+        method.scorer.check()
 
 
 # --- folding
@@ -741,6 +800,39 @@ def test_without_another_word_the_optimizer_is_sgd_at_its_own_rate() -> None:
 def test_dense_directions_need_32_bits() -> None:
     with pytest.raises(UserError, match=r"model\.precision: dense directions"):
         learner_of(make_model("llama", torch.bfloat16), directions="dense")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_put_into_the_weights_need_32_bits(dtype: torch.dtype) -> None:
+    with pytest.raises(
+        UserError, match=r"method\.scorer: in_place .* to batched, or model\.precision to mixed or fp32"
+    ):
+        learner_of(make_model("llama", dtype), scorer="in_place")
+
+
+def test_precision_auto_holds_in_32_bits_what_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.engines.single._bf16_is_faster", lambda device: True)
+    expected = {
+        "mixed": [{"scorer": "in_place"}, {"directions": "dense"}],
+        "bf16": [{}, {"scorer": "vllm"}, {"directions": "dense", "adapter_rank": 4}],
+    }
+    for precision, cases in expected.items():
+        for settings in cases:
+            needs = METHODS["zeroth"].needs_fp32_weights(ZerothConfig(**settings))
+            assert find_precision("auto", torch.device("cpu"), needs) == precision
+
+
+@pytest.mark.parametrize("scorer", ["in_place", "vllm"])
+def test_a_replay_asks_no_scorer(make_config: Callable[..., RunConfig], tmp_path: Path, scorer: str) -> None:
+    """Of a bf16 run, whose states in_place would refuse to score; and where vLLM may not be installed."""
+    result = train(make_config(**settings_of_run(), model={"precision": "bf16"}))
+    config = result.folder / "config.yaml"
+    text = config.read_text()
+    assert "scorer: auto" in text
+    config.write_text(text.replace("scorer: auto", f"scorer: {scorer}"))
+    replay(result.folder, None, tmp_path / "last")
+    last = (tmp_path / "last/model.safetensors").read_bytes()
+    assert last == (result.folder / "model/model.safetensors").read_bytes()
 
 
 def test_targets_choose_layers_and_unknown_ones_are_told() -> None:

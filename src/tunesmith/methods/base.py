@@ -39,6 +39,7 @@ class Extent:
     """How long a run is, and how much goes through the model at once."""
 
     steps: int = 1
+    """0: nothing is trained or scored; a log of updates is replayed."""
     rows: int = 1
     tokens: int = 1
     """Of a row."""

@@ -49,7 +49,7 @@ class Zeroth(Method):
 
     @classmethod
     def needs_fp32_weights(cls, config: Any) -> bool:
-        return config.directions == "dense" and not config.adapter_rank
+        return config.scorer_in_use == "in_place" and not config.adapter_rank
 
     def adapt(self, model: Any) -> None:
         self.adapter: Lora | None = None
@@ -65,7 +65,7 @@ class Zeroth(Method):
             self.adapter.adapt(model)
 
     def bind(self, model: nn.Module, engine: EngineLike) -> None:
-        from tunesmith.scorers import SCORERS
+        from tunesmith.scorers import SCORERS, Scorer
 
         self.engine, self.model = engine, model
         seed = self.extent.seed
@@ -95,7 +95,7 @@ class Zeroth(Method):
             self.directions = DenseDirections(moving, kind=self.config.noise, seed=seed, momentum=decay)
         self.params = self.directions.weights()
         self.adapter_start = _crc(self.params.values()) if self.adapter is not None else 0
-        kind = SCORERS[self.config.scorer_in_use]
+        kind = SCORERS[self.config.scorer_in_use] if self.extent.steps else Scorer  # a replay never scores
         self.scorer = kind(model, engine, self.directions, self.config, self.num_states, self.extent)
         self.scorer.check()
         self.updates: list[Update] = []

@@ -1,4 +1,7 @@
-"""All states in one forward pass of the model that is here."""
+"""All states in one forward pass of the model that is here.
+
+Shapes: T tokens, I channels.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,12 @@ class BatchedScorer(Scorer):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Two rows of tokens must give the same under their two states, beside each other and alone: experts that are modules
-        of their own, say, are given tokens of all states without order."""
+        """Two rows of tokens must give the same beside each other under two states, and each beside itself under its own:
+        experts that are modules of their own, say, are given tokens of all states without order.
+
+        Each token is held against the gap between its own two states, in the middle channel: a massive activation is as large
+        as all others together, under any state.
+        """
         u = {
             name: torch.full((1, layer_sizes(layer)[0], self.directions.rank), 0.01, device=device_of(layer))
             for name, layer in self.directions.layers.items()
@@ -32,9 +39,17 @@ class BatchedScorer(Scorer):
         probes = (Probe(0, 1.0), Probe(0, -1.0))
         self.directions.begin(0, 1)
         together = self._hidden(tokens, probes, u)
-        for row, probe in enumerate(probes):
-            alone = self._hidden(tokens[row : row + 1], (probe,), u)
-            if (together[row] - alone[0]).abs().max() > 0.02 * alone.abs().max():
+        for row in range(2):
+            alike = tokens[[row, row]]  # of the same shape as together, so that the same kernels round alike
+            own, other = (self._hidden(alike, (probe, probe), u)[0] for probe in (probes[row], probes[1 - row]))
+            if not own.isfinite().all():
+                dtype = str(own.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"model.precision: {type(self.model).__name__} gives hidden states that are not finite in {dtype}; set it "
+                    "to mixed or fp32, or take other weights if these are broken"
+                )
+            rounding = 2 * torch.finfo(own.dtype).eps * _middle(own)
+            if not (_middle(together[row] - own) <= 0.1 * _middle(own - other) + rounding).all():  # NaN fails too
                 raise UserError(
                     f"method.scorer: {type(self.model).__name__} does not keep the tokens of several states apart; set "
                     "method.scorer to in_place"
@@ -42,7 +57,7 @@ class BatchedScorer(Scorer):
 
     def _hidden(self, tokens: Tensor, probes: Sequence[Probe], u: Mapping[str, Tensor]) -> Tensor:
         with self.directions.columns.at(probes, u):
-            return decoder_of(self.model)(input_ids=tokens, use_cache=False)[0].float()
+            return decoder_of(self.model)(input_ids=tokens, use_cache=False)[0]
 
     def copies(self, num_probes: int) -> int:
         return num_probes
@@ -52,3 +67,8 @@ class BatchedScorer(Scorer):
         with self.directions.columns.at(probes, self.directions.u):
             together = self.engine.score(self.model, batch.tile(len(probes)), wanted)
         return together.split(len(probes))
+
+
+def _middle(x_TI: Tensor) -> Tensor:
+    """Of each token, the median magnitude over its channels."""
+    return x_TI.float().abs().median(-1).values

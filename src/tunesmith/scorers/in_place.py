@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tunesmith.errors import UserError
 from tunesmith.models.low_rank import Probe
 from tunesmith.scorers.base import Scorer
 from tunesmith.types import Batch, Scores, Wanted
@@ -18,6 +19,13 @@ class InPlaceScorer(Scorer):
     MeZO's code adds and subtracts instead of keeping a copy, which leaves rounding errors in the weights at each step. The
     copy is that of the weights that move, on the device.
     """
+
+    def check(self) -> None:
+        if any(p.element_size() < 4 for p in self.directions.weights().values()):
+            raise UserError(
+                "method.scorer: in_place puts each state into the weights themselves, and 16 bits would round its step away; "
+                "set it to batched, or model.precision to mixed or fp32"
+            )
 
     @torch.no_grad()
     def score(self, batch: Batch, wanted: Wanted, probes: Sequence[Probe]) -> list[Scores]:
