@@ -155,7 +155,6 @@ def draw(found: dict[str, Any], file: Path) -> None:
     left.set_xlabel("steps")
     left.set_ylabel("accuracy on held-out sentences")
     right.set_xlabel("seconds of training")
-    right.set_xscale("symlog", linthresh=10)
     left.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
