@@ -1,7 +1,7 @@
 """How well each method learns for equal tokens: held-out loss of SmolLM2-135M on gsm8k along the way.
 
-    python benchmarks/chunk/quality.py ../shared/data/gsm8k/train.jsonl [--steps 256] [--methods full chunk …] [--lr chunk=1e-4]
-                                       [--picture docs/images/chunk_quality.png]
+    python benchmarks/chunk/quality.py gsm8k/train.jsonl [--samples 256] [--steps 1024] [--methods full chunk …]
+                                       [--lr chunk=1e-4] [--picture docs/images/chunk_quality.png]
 
 Every method takes the same batches from the same start, with fp32 weights. Prints a row each: learning rate,
 held-out loss before and after, and its fall over that of full fine-tuning.
@@ -39,10 +39,7 @@ def curve(name: str, lr: float, args: argparse.Namespace) -> dict[str, Any]:
         name,
         {
             "model": {"path": "demo", "precision": args.precision},
-            "data": {
-                "path": str(args.parts / "train.jsonl"), "eval_path": str(args.parts / "eval.jsonl"),
-                "max_tokens": args.max_tokens,
-            },
+            "data": {**args.parts, "max_tokens": args.max_tokens, "max_eval_samples": args.eval_samples},
             "method": method,
             "optimizer": {"lr": lr},
             "train": {"steps": args.steps, "batch_size": args.batch_size, "micro_batch_tokens": 1024},
@@ -70,7 +67,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(SIDES), default=list(LR))
     parser.add_argument("--lr", nargs="*", default=[], help="name=learning rate")
     parser.add_argument("--precision", choices=["fp32", "mixed"], default="fp32", help="mixed: where bf16 is fast.")
-    parser.add_argument("--samples", type=int, default=256, help="Samples to train on; more steps go over them again.")
+    parser.add_argument(
+        "--samples", type=int, default=256, help="Samples to train on; more steps go over them again. 0: all."
+    )
     parser.add_argument("--steps", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -83,10 +82,12 @@ def main() -> None:
     args = parser.parse_args()
     print_machine()
     with TemporaryDirectory() as folder:
-        args.parts = Path(folder)
-        lines = Path(args.data).read_text(encoding="utf-8").splitlines(keepends=True)
-        (args.parts / "train.jsonl").write_text("".join(lines[: args.samples]), encoding="utf-8")
-        (args.parts / "eval.jsonl").write_text("".join(lines[-args.eval_samples :]), encoding="utf-8")
+        args.parts = {"path": args.data, "eval_fraction": 0.05}
+        if args.samples:
+            lines = Path(args.data).read_text(encoding="utf-8").splitlines(keepends=True)
+            for name, part in (("path", lines[: args.samples]), ("eval_path", lines[-args.eval_samples :])):
+                args.parts[name] = f"{folder}/{name}.jsonl"
+                Path(args.parts[name]).write_text("".join(part), encoding="utf-8")
         compare(args)
 
 
