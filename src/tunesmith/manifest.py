@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,11 @@ def manifest(run: Run, facts: list[tuple[str, str]]) -> dict[str, Any]:
         "shows": list(run.objective.shows),
         "header": facts,
     }
+
+
+def dropped_template(manifest: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer came without a chat template and none was needed, so that the model was saved without."""
+    return manifest.get("chat_template_hash") == text_hash(None)
 
 
 def other_models(config: RunConfig) -> dict[str, tuple[str, str | None]]:

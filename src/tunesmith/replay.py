@@ -11,13 +11,14 @@ from rich.console import Console
 from tunesmith.engines import build_engine
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
-from tunesmith.manifest import weights_hash
+from tunesmith.manifest import dropped_template, weights_hash
 from tunesmith.methods import Extent, build_method
 from tunesmith.methods.update_log import differing, read_log
 from tunesmith.methods.zeroth import Zeroth
-from tunesmith.models.load import load_model, load_tokenizer, model_source
+from tunesmith.models.load import load_model, model_source
 from tunesmith.objectives import build_objective
-from tunesmith.run import model_dtype, pad_for_value_head
+from tunesmith.run import model_dtype, save_beside
+from tunesmith.run_data import build_renderer
 from tunesmith.run_folder import RunFolder, write_folder
 
 
@@ -51,6 +52,9 @@ def replay(
     if header["base_weights_hash"] != weights_hash(source):
         raise UserError(f"{config.model.path}: these are not the weights from which the log of {folder} leads on")
 
+    config, renderer = build_renderer(config)
+    if dropped_template(run.read_manifest()):
+        renderer.tokenizer.chat_template = None
     settings = config.method.model_copy(update={"fold": "never"} if form == "adapter" else {})
     objective = build_objective(config.objective)
     torch.manual_seed(header["seed"])  # a value head of its own starts as it did in the run
@@ -69,10 +73,7 @@ def replay(
             zeroth.save_adapter(aside, config.model.path)
         else:
             zeroth.save(aside)
-        tokenizer = load_tokenizer(config.model)
-        if objective.head != "language":
-            pad_for_value_head(tokenizer)
-        tokenizer.save_pretrained(aside)
+        save_beside(aside, objective, renderer.tokenizer, renderer.processor)
 
     write_folder(output, write)
     console.print(f"the {form} after {number} updates is in {output}", highlight=False)

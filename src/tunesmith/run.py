@@ -16,6 +16,7 @@ from rich.console import Console
 from tunesmith.config import RunConfig
 from tunesmith.config_file import differing_keys, settings_of
 from tunesmith.data.dataset import Dataset, EvaluationBatches, evaluation_batches
+from tunesmith.data.media import Processor
 from tunesmith.data.prepare import Watch, unwatched
 from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset
@@ -368,16 +369,16 @@ def _told(folder: RunFolder, config: RunConfig) -> int:
 
 def _save_model(run: Run, folder: Path) -> None:
     run.learner.method.save(folder)
-    if run.samples.processor is not None:
-        run.samples.processor.save(folder)
-    if run.objective.head != "language":
-        pad_for_value_head(run.tokenizer)
-    run.tokenizer.save_pretrained(folder)
+    save_beside(folder, run.objective, run.tokenizer, run.samples.processor)
 
 
-def pad_for_value_head(tokenizer: Any) -> None:
-    """Give the tokenizer a padding token: transformers finds a text's end by the padding behind it."""
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_token(tokenizer))
+def save_beside(folder: Path, objective: Objective, tokenizer: Any, processor: Processor | None) -> None:
+    """Write what turns text and media into what the model reads."""
+    if processor is not None:
+        processor.save(folder)
+    if objective.head != "language":  # transformers finds a text's end by the padding behind it
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_token(tokenizer))
+    tokenizer.save_pretrained(folder)
 
 
 def _wants_tensorboard(config: RunConfig) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -476,8 +478,6 @@ def settings_of_run(method: dict[str, Any] | None = None, **more: Any) -> dict[s
 
 def cut_back(folder: Path, log_updates: int, checkpoint: int) -> None:
     """Leave of a run what a kill would have left: so many updates in the log, and checkpoints up to a step."""
-    import shutil
-
     for path in checkpoints(folder / "checkpoints"):
         if int(path.name[5:]) > checkpoint:
             shutil.rmtree(path)
@@ -657,6 +657,52 @@ def test_the_log_gives_a_reward_model_with_its_random_head(
     replay(result.folder, None, tmp_path / "last")
     for name in ("model.safetensors", "tokenizer_config.json"):
         assert (tmp_path / "last" / name).read_bytes() == (result.folder / "model" / name).read_bytes()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def without_template(folder: Path, copy: Path) -> Path:
+    """A checkpoint whose tokenizer has no chat template."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder, copy)
+    (copy / "chat_template.jinja").unlink()
+    assert AutoTokenizer.from_pretrained(copy).chat_template is None
+    return copy
+
+
+@pytest.mark.parametrize("data", ["text", "chats"])
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_replay_writes_all_files_of_the_run(
+    make_config: Callable[..., RunConfig], tmp_path: Path, has_template: bool, data: str
+) -> None:
+    """A chat template of ours is saved if conversations were learnt, and else left out; one's own always stays."""
+    sections: dict[str, Any] = {}
+    if not has_template:
+        sections["model"] = {"path": str(without_template(Path(make_config().model.path), tmp_path / "base"))}
+    if data == "text":
+        sections["data"] = {"path": str(tmp_path / "text.jsonl")}
+        records = [json.dumps({"text": f"After {n} comes {n + 1}."}) + "\n" for n in range(24)]
+        (tmp_path / "text.jsonl").write_text("".join(records))
+    result = train(make_config(**settings_of_run(train={"steps": 2}), **sections))
+    found = files_of(result.folder / "model")
+    assert ("chat_template.jinja" in found) == (has_template or data == "chats")
+    (tmp_path / ("text.jsonl" if data == "text" else "chats.jsonl")).unlink()  # a replay reads no data
+    replay(result.folder, None, tmp_path / "last")
+    assert files_of(tmp_path / "last") == found
+
+
+def test_a_replay_writes_the_processor(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    from tests.multimodal import save_model
+
+    base = save_model("qwen2_vl", tmp_path / "base")
+    result = train(make_config(**settings_of_run(train={"steps": 2}), model={"path": str(base)}))
+    found = files_of(result.folder / "model")
+    assert "processor_config.json" in found or "preprocessor_config.json" in found
+    replay(result.folder, None, tmp_path / "last")
+    assert files_of(tmp_path / "last") == found
 
 
 def test_no_update_at_all_is_the_base_model(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
