@@ -422,6 +422,36 @@ def test_saving_in_the_middle_does_not_change_a_bit(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("dtype", "number"), [(torch.float32, 3), (torch.bfloat16, 1), (torch.bfloat16, 4)], ids=["fp32", "new", "master"]
+)
+def test_what_is_saved_is_a_fold_that_leaves_no_trace(
+    family: str, dtype: torch.dtype, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`number` of updates: bf16 weights have a master aside from the third renewal of V on."""
+    from safetensors.torch import load_file
+
+    saved, folded = (learner_of(make_model(family, dtype), refresh_every=1, rank=16) for _ in range(2))
+    for learner in (saved, folded):
+        learner.method.replay([Update(step, (0.03,)) for step in range(number)])
+    directions: Any = saved.method.directions
+    assert bool(directions.masters) == (dtype == torch.bfloat16 and number == 4)
+    before, whole = bits_of(saved), whole_weights(saved)
+    masters = {name: master.clone() for name, master in directions.masters.items()}
+    monkeypatch.setattr(directions, "_keep", lambda name, x: pytest.fail("a master was written"))
+    saved.method.save(tmp_path / "model")
+    with pytest.raises(KeyError), directions.folded():
+        raise KeyError
+    assert equal_bits(before, bits_of(saved))
+    assert equal_bits(whole, whole_weights(saved))
+    assert equal_bits(masters, directions.masters)
+    folded.method.directions.fold()
+    found, expected = load_file(tmp_path / "model/model.safetensors"), bits_of(folded)
+    assert all(torch.equal(found[name], expected[name]) for name in saved.method.params)
+    assert any(not torch.equal(before[name], expected[name]) for name in saved.method.params)
+
+
 # --- replay
 
 

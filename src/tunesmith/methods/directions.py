@@ -78,6 +78,7 @@ class LowRankDirections:
     ) -> None:  # fmt: skip
         """bank_rank: None never folds."""
         self.layers = dict(layers)
+        self.places = {name: index for index, name in enumerate(self.layers)}
         self.rank, self.refresh_every, self.kind, self.seed = rank, refresh_every, kind, seed
         self.decay, self.bank_rank = momentum, bank_rank
         self.block = -1
@@ -153,20 +154,37 @@ class LowRankDirections:
         """Put all that has gathered into the weights, and empty the bank."""
         if not self.columns.rank():
             return
-        for index, (name, layer) in enumerate(self.layers.items()):
-            u, v = self.columns.of(name)
-            weight: Any = layer.weight
-            target = weight.T if is_transposed(layer) else weight
-            if weight.element_size() >= 4:
-                target.addmm_(u.to(weight.dtype), v.T.to(weight.dtype))
-                continue
-            master = self.masters.get(name)
-            if master is None:
-                master = self._keep(name, target.float())
-            master.addmm_(u.cpu(), v.T.cpu())
-            self.masters[name] = self._keep(name, master)
-            target.copy_(_dithered(master.to(weight.device), key_of(self.seed, DITHER, index)))
+        for name in self.layers:
+            if self._is_wide(name):
+                self._add_columns(name)
+            else:
+                self.masters[name] = self._keep(name, self._total(name))
+                self._round(name, self.masters[name])
         self.columns.clear()
+
+    def _is_wide(self, name: str) -> bool:
+        """Whether the weight takes an update without rounding it away."""
+        return self._matrix(name).element_size() >= 4
+
+    def _matrix(self, name: str) -> Tensor:
+        """A layer's weight as [O, I]."""
+        layer: Any = self.layers[name]
+        return layer.weight.T if is_transposed(layer) else layer.weight
+
+    def _add_columns(self, name: str) -> None:
+        weight, (u, v) = self._matrix(name), self.columns.of(name)
+        weight.addmm_(u.to(weight.dtype), v.T.to(weight.dtype))
+
+    def _total(self, name: str) -> Tensor:
+        """A 16-bit weight with all that has gathered, in fp32 on the host."""
+        master, (u, v) = self.masters.get(name), self.columns.of(name)
+        start = self._matrix(name).float().cpu() if master is None else master
+        return torch.addmm(start, u.cpu(), v.T.cpu())
+
+    def _round(self, name: str, master: Tensor) -> None:
+        """Let a 16-bit weight be what its master rounds to."""
+        weight = self._matrix(name)
+        weight.copy_(_dithered(master.to(weight.device), key_of(self.seed, DITHER, self.places[name])))
 
     def _keep(self, name: str, x: Tensor) -> Tensor:
         return x.cpu() if self.file is None else self.file.keep(name, x)
@@ -195,19 +213,25 @@ class LowRankDirections:
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        before = {name: p.detach().cpu().clone() for name, p in self.weights().items()}
-        masters = {name: master.clone() for name, master in self.masters.items()}
-        columns = {name: list(pairs) for name, pairs in self.columns.pairs.items()}
-        self.fold()
+        """A weight with a master is rounded anew from it afterwards; of others a copy waits on the host."""
+        copies: dict[str, Tensor] = {}
         try:
-            yield
+            with torch.no_grad():
+                for name in self.layers if self.columns.rank() else ():
+                    if name not in self.masters:
+                        copies[name] = self._matrix(name).detach().cpu().clone()
+                    if self._is_wide(name):
+                        self._add_columns(name)
+                    else:
+                        self._round(name, self._total(name))
+            with self.columns.off():
+                yield
         finally:
             with torch.no_grad():
-                for name, p in self.weights().items():
-                    p.copy_(before[name])
-            self.masters = {name: self._keep(name, master) for name, master in masters.items()}
-            self.columns.pairs = columns
-            self.columns.changed()
+                for name, before in copies.items():
+                    self._matrix(name).copy_(before)
+                for name, master in self.masters.items():
+                    self._round(name, master)
 
     def off(self) -> AbstractContextManager[None]:
         return self.columns.off()
