@@ -296,7 +296,9 @@ def test_a_killed_rank_is_dropped_and_the_log_still_leads_to_the_model(
 
 
 def test_a_rank_that_comes_too_late_is_told_so(make_replicas: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = make_replicas(steps=150, timeout_s=4)  # one query: samples are shared out
+    config = make_replicas(
+        steps=500, timeout_s=4
+    )  # one query: samples are shared out; and steps for the other to wake up in
     folder = Path(config.output)
     processes = run_on_ranks([config] * 2, tmp_path)
     wait_for_step(folder, 5)
@@ -307,7 +309,7 @@ def test_a_rank_that_comes_too_late_is_told_so(make_replicas: Callable[..., RunC
     said = (tmp_path / "said-1").read_text()
     assert "rank 1 came too late and was dropped" in said
     assert "raise engine.timeout_s (now 4)" in said
-    assert len(losses(folder)) == 150
+    assert len(losses(folder)) == 500
 
 
 @pytest.mark.parametrize("what", ["rank 0 is killed", "rank 1 is told to stop"])
