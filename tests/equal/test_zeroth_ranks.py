@@ -213,6 +213,7 @@ def test_a_fingerprint_tells_any_bit(dtype: torch.dtype) -> None:
 
 def run_on_rank(environment: dict[str, str], tree: dict[str, Any], resume: bool, said: str) -> None:
     os.environ.update(environment)
+    replicas.SLICE_S = 0.1  # a rank that was asleep hears at once what it has missed
     try:
         result = train(config_from_dict(tree), resume=resume)
     except UserError as error:
