@@ -66,11 +66,13 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:
         """The objective's loss and metrics over held-out batches, without a step. Ranks of a group share the batches out."""
-        group, found, ranks = self.engine.group, dict[int, Any](), tuple[int, ...]()
-        while len(found) < len(ranks) or not ranks:  # anew where one was lost, and its batches with it
+        group = self.engine.group
+        while True:
             ranks = group.ranks
             own = self._sums(objective, islice(batches, ranks.index(group.rank), None, len(ranks)), helpers)
             found = group.gather({name: value.tolist() for name, value in own.items()})
+            if len(found) == len(ranks):  # else anew: one was lost, and its batches with it
+                break
         sums: Metrics = {}
         for name, value in ((name, value) for part in found.values() for name, value in part.items()):
             sums[name] = sums.get(name, 0.0) + torch.tensor(value, dtype=torch.float64)

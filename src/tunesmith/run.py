@@ -251,14 +251,14 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
         and _may_share(config, model, pack, samples, held_out)
     )
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
-    longest = max(int(part.lengths().max()) for part in (samples, held_out) if len(part))
-    tokens = config.data.max_tokens if pack or config.data.stream else min(config.data.max_tokens, longest)
+    longest = _longest(config, samples, held_out)
+    tokens = config.data.max_tokens if pack else min(config.data.max_tokens, longest)
     group = max(part.group_size for part in samples.parts)  # whose rows never part
     rows = max(group, config.train.micro_batch_tokens // tokens)
     accumulates = group * config.train.batch_size > rows
     generate = objective.wanted.generate
-    longest = (config.data.max_tokens if config.data.stream else longest) + (generate.max_new_tokens if generate else 1)
-    extent = Extent(data.steps, rows, tokens, accumulates, config.seed, longest)
+    behind = generate.max_new_tokens if generate else 1
+    extent = Extent(data.steps, rows, tokens, accumulates, config.seed, longest + behind)
     engine, method = build_engine(config.engine, precision), build_method(config, extent)
     learner = Learner(model, engine, method, config.train.micro_batch_tokens)
     config = _with(config, "method", **method.resolved())
@@ -277,11 +277,16 @@ def model_dtype(precision: str) -> torch.dtype:
 
 def _may_share(config: RunConfig, model: Any, pack: bool, *sets: Samples) -> bool:
     """Whether continuations of one beginning can stand in a row: the model obeys a mask, and sees as far as they are long."""
-    span, longest = attention_span(model), max(int(part.lengths().max()) for part in sets if len(part))
-    if config.data.stream:
-        longest = config.data.max_tokens  # later windows may hold longer ones
+    span, longest = attention_span(model), _longest(config, *sets)
     widest = 2 * (config.data.max_tokens if pack else longest)
     return (span is None or longest <= span) and widest <= WIDEST_MASK and shares_prefixes(model)
+
+
+def _longest(config: RunConfig, *sets: Samples) -> int:
+    """Tokens of the longest sample; of a stream the most there may be, since later windows may hold longer ones."""
+    if config.data.stream:
+        return config.data.max_tokens
+    return max(int(part.lengths().max()) for part in sets if len(part))
 
 
 def _check_fits(config: RunConfig, model: Any, objective: Objective, *sets: Samples) -> None:

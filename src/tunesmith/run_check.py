@@ -23,24 +23,21 @@ def check(config: RunConfig) -> None:
         METHODS[config.method.name],
         ENGINES[config.engine.name],
     )
-    scorer_name = config.method.scorer_in_use if config.method.name == "zeroth" else "engine's"
-    scorer = SCORERS.get(scorer_name, Scorer)
+    scorer_name = config.method.scorer_in_use if config.method.name == "zeroth" else ""
+    scorer = SCORERS[scorer_name] if scorer_name else Scorer
     scorer.check_installed()
     if scorer.holds_weights and (config.engine.name != "single" or config.engine.device not in ("auto", "cpu", "cuda")):
         raise UserError(
             f"method.scorer: {scorer_name} runs on the first device alone; set engine to single and its device to auto or cpu "
             "(CUDA_VISIBLE_DEVICES says which is the first), or method.scorer to batched"
         )
-    for who, wants, whose, offers in (
+    needs = [
         (config.method.name, method.requires, f"{config.engine.name} engine", engine.provides),
         (config.objective.name, objective.reads, f"{config.engine.name} engine", engine.reads),
-        (
-            config.objective.name,
-            objective.reads,
-            f"{scorer_name} scorer",
-            engine.reads if scorer.reads is None else scorer.reads,
-        ),
-    ):
+    ]
+    if scorer.reads is not None:
+        needs.append((config.objective.name, objective.reads, f"{scorer_name} scorer", scorer.reads))
+    for who, wants, whose, offers in needs:
         if missing := wants - offers:
             raise UserError(f"{who} needs {', '.join(sorted(missing))}, which the {whose} does not offer")
     if objective.no_gradient and "autograd" in method.requires:

@@ -7,7 +7,7 @@ Shapes: a layer maps I inputs to O outputs; r rank of a direction, R columns tha
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -113,7 +113,6 @@ class LowRankDirections:
         bank_is_full = self.bank_rank is not None and self.columns.rank() + self.rank > self.bank_rank
         if self.block >= 0 and bank_is_full:
             self.fold()
-            self.folds += 1
         self.block = block
         for index, (name, layer) in enumerate(self.layers.items()):
             (outputs, inputs), device = layer_sizes(layer), device_of(layer)
@@ -161,6 +160,7 @@ class LowRankDirections:
                 self.masters[name] = self._keep(name, self._total(name))
                 self._round(name, self.masters[name])
         self.columns.clear()
+        self.folds += 1
 
     def _is_wide(self, name: str) -> bool:
         """Whether the weight takes an update without rounding it away."""
@@ -201,10 +201,7 @@ class LowRankDirections:
         return whole.T if is_transposed(self.layers[layer]) else whole
 
     def checksum(self) -> int:
-        total = 0
-        for u in self.gathered.values():
-            total = zlib.crc32(u.contiguous().cpu().numpy().tobytes(), total)
-        return total
+        return crc_of(self.gathered.values())
 
     def state(self) -> Iterator[Tensor]:
         yield from self.weights().values()
@@ -291,6 +288,14 @@ class DenseDirections:
 
     def state_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.parameters.values()) if self.decay else 0
+
+
+def crc_of(tensors: Iterable[Tensor]) -> int:
+    """CRC-32 of their bits, one after the other."""
+    total = 0
+    for x in tensors:
+        total = zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes(), total)
+    return total
 
 
 def device_of(layer: Any) -> torch.device:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tunesmith.config_methods import LoraConfig
 from tunesmith.display import short_number
 from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, LossFn, Method, Metrics, NonFiniteError, Shapes, matching
-from tunesmith.methods.directions import DenseDirections, Directions, LowRankDirections
+from tunesmith.methods.directions import DenseDirections, Directions, LowRankDirections, crc_of
 from tunesmith.methods.division import Division, Table, check_equal, fingerprint, mean, table_of
 from tunesmith.methods.lora import Lora
 from tunesmith.methods.update_log import Update, UpdateLog, differing, parse_updates, read_log
@@ -94,7 +93,7 @@ class Zeroth(Method):
                 )
             self.directions = DenseDirections(moving, kind=self.config.noise, seed=seed, momentum=decay)
         self.params = self.directions.weights()
-        self.adapter_start = _crc(self.params.values()) if self.adapter is not None else 0
+        self.adapter_start = crc_of(self.params.values()) if self.adapter is not None else 0
         kind = SCORERS[self.config.scorer_in_use] if self.extent.steps else Scorer  # a replay never scores
         self.scorer = kind(model, engine, self.directions, self.config, self.num_states, self.extent)
         self.scorer.check()
@@ -356,10 +355,3 @@ class Zeroth(Method):
                 layer.lora_A["default"].weight.data = v.T.contiguous()
                 layer.lora_B["default"].weight.data = u.contiguous()
             adapted.save_pretrained(folder)
-
-
-def _crc(tensors: Iterable[Tensor]) -> int:
-    total = 0
-    for x in tensors:
-        total = zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes(), total)
-    return total

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,8 +52,7 @@ def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = No
         if wanted.values:
             return _values(model, batch)
         places = target_places(batch)
-        columns = {name: places.of(column) for name, column in batch.token_columns.items()}
-        targets = Targets(places.of(batch.tokens_BT), wanted, columns, places.of(batch.weights_BT))
+        targets = targets_of(batch, wanted, places)
         router: list[Tensor] = []
         if head.linear is None:
             if wanted.router:
@@ -64,6 +63,12 @@ def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = No
         else:
             hidden_ND = _hidden_of_targets(model, head, batch, places, router if wanted.router else None)
             main_N, others = score_targets(hidden_ND, head, targets)
+    scores = scores_of(main_N, others, wanted, places, batch)
+    return replace(scores, balance_N=_balance(router, batch, _experts_per_token(model))) if router else scores
+
+
+def scores_of(main_N: Tensor, others: Tensor, wanted: Wanted, places: Places, batch: Batch) -> Scores:
+    """What `Targets.of_logits` says of the targets, put in their places in the batch."""
     main_BT = places.spread(main_N, batch.tokens_BT)
     rest = [places.spread(other, batch.tokens_BT) for other in others]
     logprobs_BT = main_BT if wanted.token_loss is None else rest.pop(0)
@@ -71,8 +76,13 @@ def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = No
         logprobs_BT,
         token_loss_BT=None if wanted.token_loss is None else main_BT,
         observed=dict(zip(wanted.observed, rest, strict=True)),
-        balance_N=_balance(router, batch, _experts_per_token(model)) if router else None,
     )
+
+
+def targets_of(batch: Batch, wanted: Wanted, places: Places) -> Targets:
+    """The batch's targets, row by row."""
+    columns = {name: places.of(column) for name, column in batch.token_columns.items()}
+    return Targets(places.of(batch.tokens_BT), wanted, columns, places.of(batch.weights_BT))
 
 
 def hidden_of_targets(model: nn.Module, head: Head, batch: Batch) -> Tensor:

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from tunesmith.errors import UserError
 from tunesmith.methods.directions import LowRankDirections, layer_sizes
 from tunesmith.methods.update_log import Update
 from tunesmith.models.low_rank import Probe
+from tunesmith.models.score import scores_of, target_places, targets_of
 from tunesmith.scorers.base import Scorer
 from tunesmith.types import Batch, Scores, Wanted
 
@@ -177,50 +177,31 @@ class VllmScorer(Scorer):
         from vllm import SamplingParams
 
         assert wanted.among is not None
-        row_N, column_N = (batch.weights_BT != 0).nonzero(as_tuple=True)
-        choice_NK = batch.token_columns[wanted.among][row_N, column_N]
+        places = target_places(batch)
+        targets = targets_of(batch, wanted, places)
+        choice_NK = targets.columns[wanted.among]
         if choice_NK.shape[1] > MOST_CHOICES:
             raise UserError(
                 f"data.labels: vLLM tells the log-probabilities of {MOST_CHOICES} tokens at most, and there are "
                 f"{choice_NK.shape[1]} label words; set method.scorer to batched"
             )
-        sequence_N = batch.sequence_BT[row_N, column_N].tolist()
         whole = [tokens.tolist() for tokens, _ in batch.sequences()]
-        prompts = [
-            whole[n][:position]
-            for n, position in zip(sequence_N, batch.positions_BT[row_N, column_N].tolist(), strict=True)
-        ]
+        sequence_N, position_N = places.of(batch.sequence_BT).tolist(), places.of(batch.positions_BT).tolist()
+        prompts = [whole[n][:position] for n, position in zip(sequence_N, position_N, strict=True)]
+        words = [[token for token in row if token >= 0] for row in choice_NK.tolist()]
         asks = [
-            SamplingParams(
-                max_tokens=1, temperature=0, detokenize=False, logprob_token_ids=[token for token in row if token >= 0]
-            )
-            for row in choice_NK.tolist()
+            SamplingParams(max_tokens=1, temperature=0, detokenize=False, logprob_token_ids=tokens) for tokens in words
         ]
-        token_N = (choice_NK == batch.tokens_BT[row_N, column_N, None]).long().argmax(-1)
-        local_NK = torch.arange(choice_NK.shape[1], device=choice_NK.device).where(choice_NK >= 0, -1)
-        columns = {name: column[row_N, column_N] for name, column in batch.token_columns.items()} | {
-            wanted.among: local_NK
-        }
-
-        def spread(x_N: Tensor) -> Tensor:
-            return torch.zeros_like(batch.weights_BT).index_put((row_N, column_N), x_N.to(batch.weights_BT))
-
+        among = targets.among()
         scores = []
         for outputs in self._generate(prompts, asks, states):
             logprob_NK = torch.full(choice_NK.shape, -torch.inf, device=choice_NK.device)
-            for n, output in enumerate(outputs):
+            for n, (tokens, output) in enumerate(zip(words, outputs, strict=True)):
                 told = output.outputs[0].logprobs[0]
-                for k, token in enumerate(choice_NK[n].tolist()):
-                    if token >= 0:
-                        logprob_NK[n, k] = told[token].logprob
-            among_NK = logprob_NK.log_softmax(-1)
-            scores.append(
-                Scores(
-                    spread(among_NK.gather(1, token_N[:, None])[:, 0]),
-                    token_loss_BT=wanted.token_loss and spread(wanted.token_loss(logprob_NK, token_N, columns)),
-                    observed={name: spread(term(among_NK, token_N, columns)) for name, term in wanted.observed.items()},
+                logprob_NK[n, choice_NK[n] >= 0] = torch.tensor([told[token].logprob for token in tokens]).to(
+                    logprob_NK
                 )
-            )
+            scores.append(scores_of(*among.of_logits(logprob_NK), wanted, places, batch))
         return scores
 
 
@@ -233,8 +214,6 @@ def _set_environment() -> None:
         "OMP_NUM_THREADS": str(torch.get_num_threads()),  # else it goes down to one
     }
     if not torch.accelerator.is_available():
-        defaults["TORCH_COMPILE_DISABLE"] = (
-            "1"  # it would compile a kernel of its own at the first prompt's log-probabilities
-        )
+        defaults["TORCH_COMPILE_DISABLE"] = "1"  # else it compiles a kernel at the first prompt's log-probabilities
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

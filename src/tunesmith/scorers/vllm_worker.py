@@ -47,7 +47,6 @@ class ZerothWorker:
 
     def zeroth_reopen(self) -> None:
         """Take the slots, anew after vLLM has forgotten its adapters."""
-        self._adapters = self.model_runner.lora_manager._adapter_manager
         self._slots = [self._register(state + 1, self._rank) for state in range(self._num_states)]
 
     def _register(self, adapter_id: int, rank: int) -> int:
