@@ -173,6 +173,31 @@ class ReplicasConfig(Section):
     """Every n steps the ranks compare a hash of the weights; a difference stops them. 0: never."""
 
 
+class FsdpConfig(Section):
+    """The model over several devices (FSDP2), each with a part of weights, gradients, optimizer state and batch."""
+
+    name: Literal["fsdp"] = "fsdp"
+    device: str = "auto"
+    """cpu, cuda, mps …; auto takes the accelerator that torch finds, of several the one for this rank."""
+    activation_checkpointing: bool = False
+    """As of engine single."""
+    compile: bool = False
+    """As of engine single."""
+    replicate: PositiveInt = 1
+    """Copies of the sharded model, each over world / replicate ranks (hybrid sharding): weights are gathered among the ranks of a
+    copy alone, such as those of a machine. As many as there are ranks: every rank holds the whole model."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks over which the inside of each layer is cut."""
+    context_parallel: PositiveInt = 1
+    """Ranks over which each sequence is cut."""
+    reshard_after_forward: bool = True
+    """Let go of a block's weights between its forward and its backward pass. false: faster by a gathering, and larger."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the host's memory, and update there."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Ranks that wait for another one for so long give up."""
+
+
 class TrainConfig(Section):
     """How long, and how much per update."""
 
@@ -237,7 +262,7 @@ Optimizer = Annotated[
 Schedule = Annotated[
     ConstantConfig | LinearConfig | CosineConfig | WsdConfig, Field(discriminator="name"), _named("cosine")
 ]
-Engine = Annotated[SingleConfig | ReplicasConfig, Field(discriminator="name"), _named("single")]
+Engine = Annotated[SingleConfig | ReplicasConfig | FsdpConfig, Field(discriminator="name"), _named("single")]
 
 
 class RunConfig(Section):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.engines.fsdp import FsdpEngine
 from tunesmith.engines.replicas import ReplicasEngine
 from tunesmith.engines.single import SingleEngine
 
-ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "replicas": ReplicasEngine}
+ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "replicas": ReplicasEngine, "fsdp": FsdpEngine}
 
 
 def build_engine(config: Any, precision: str) -> SingleEngine:

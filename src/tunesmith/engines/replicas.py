@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from tunesmith.engines.group import Group
+from tunesmith.engines.group import Group, check_alike
+from tunesmith.engines.place import place
 from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import UserError
 
@@ -25,7 +26,6 @@ SLICE_S = 5.0
 """How long a wait keeps Python from looking at signals."""
 GRACE_S = 5.0
 """What rank 0 may take to write a checkpoint, say, beside its own scoring and its wait for others."""
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Star(Group):
@@ -36,7 +36,7 @@ class Star(Group):
     """
 
     def __init__(self, timeout_s: float, check_every: int) -> None:
-        self.rank, self.world = _place()
+        self.rank, self.world, _ = place()
         self.ranks = (self.rank,)
         self.timeout_s, self.check_every = timeout_s, check_every
         self.store: Any = None
@@ -47,7 +47,7 @@ class Star(Group):
 
     @classmethod
     def rank_here(cls) -> int:
-        return _place()[0]
+        return place().rank
 
     @contextmanager
     def joined(self, facts: Mapping[str, Any]) -> Iterator[None]:
@@ -63,7 +63,7 @@ class Star(Group):
                     f"engine: replicas: of {self.world} ranks {missing} did not come within {START_S:g} s; "
                     "see what they say, and start all again"
                 )
-            _compare(answers)
+            check_alike(answers)
             yield
         except Exception as error:
             self._leave(" ".join(str(error).split()) or type(error).__name__)
@@ -206,27 +206,8 @@ class ReplicasEngine(SingleEngine):
         self.group = Star(config.timeout_s, config.check_every)
         number = torch.accelerator.device_count() if config.device == "auto" else 0
         if number > 1:  # the ranks of a machine share its devices out
-            self.device = torch.device(self.device.type, int(os.environ.get("LOCAL_RANK", self.group.rank)) % number)
+            self.device = torch.device(self.device.type, place().local_rank % number)
             torch.accelerator.set_device_index(self.device.index)
-
-
-def _place() -> tuple[int, int]:
-    """(rank, number of ranks) as the launcher says; (0, 1) without one. Raises UserError where it says half of it."""
-    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    if not {"RANK", "WORLD_SIZE"} & given.keys():
-        return 0, 1
-    if missing := [name for name in VARIABLES if name not in given]:
-        raise UserError(
-            f"engine: replicas: {', '.join(given)} is set, but {', '.join(missing)} is not; start with torchrun, or set all of "
-            f"{', '.join(VARIABLES)}"
-        )
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not given[name].isdecimal():
-            raise UserError(f"engine: replicas: {name} is {given[name]!r}; set it to a number")
-    rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
-    if rank >= world:
-        raise UserError(f"engine: replicas: RANK is {rank}, but WORLD_SIZE {world}; ranks count from 0")
-    return rank, world
 
 
 def _connect(rank: int, world: int) -> Any:
@@ -248,22 +229,3 @@ def _connect(rank: int, world: int) -> Any:
     return PrefixStore(
         f"tunesmith/{attempt}", store
     )  # torchrun keeps the store, and what an earlier attempt left in it
-
-
-def _compare(facts: Mapping[int, Mapping[str, Any]]) -> None:
-    """Raises UserError, on all ranks the same, where some were started with something else than rank 0."""
-    first = facts[0]
-    names = dict.fromkeys(name for answer in facts.values() for name in answer)
-    lines = [
-        f"rank {rank}: {name} is {answer.get(name)}, on rank 0 {first.get(name)}"
-        for rank, answer in facts.items()
-        for name in names
-        if answer.get(name) != first.get(name)
-    ]
-    if lines:
-        raise UserError(
-            "the ranks were not started alike:\n  "
-            + "\n  ".join(lines)
-            + "\nstart all of them with the same configuration, "
-            "data and versions"
-        )

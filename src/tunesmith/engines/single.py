@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import psutil
 import torch
@@ -17,6 +17,8 @@ from tunesmith.models.probe import find_head
 from tunesmith.models.score import hidden_of_targets, score
 from tunesmith.plan.activations import Activations, measure
 from tunesmith.types import Batch, Scores, Wanted
+
+Found = TypeVar("Found")
 
 
 class SingleEngine:
@@ -68,18 +70,20 @@ class SingleEngine:
 
     def activations(self, model: Any, rows: int, tokens: int) -> Activations:
         """What a micro-batch of so many rows and tokens takes in the model."""
-        with self._autocast():
-            return measure(model, self.head, rows, tokens)
+        return self._run(model, lambda: measure(model, self.head, rows, tokens))
 
     def score(self, model: Any, batch: Batch, wanted: Wanted | None = None) -> Scores:
         """Log-probabilities of the batch's targets, and what else is wanted."""
-        with self._autocast():
-            return score(model, self.head, batch, wanted)
+        return self._run(model, lambda: score(model, self.head, batch, wanted))
 
     def hidden(self, model: Any, batch: Batch) -> Tensor:
         """Hidden states from which the batch's targets are predicted, [N, D], row by row."""
+        return self._run(model, lambda: hidden_of_targets(model, self.head, batch))
+
+    def _run(self, model: Any, compute: Callable[[], Found]) -> Found:
+        """What `compute` says, which calls the model."""
         with self._autocast():
-            return hidden_of_targets(model, self.head, batch)
+            return compute()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision in ("mixed", "bf16"))
@@ -92,6 +96,10 @@ class SingleEngine:
         """Sum over ranks."""
         return x
 
+    def sums(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same of several small tensors by name, which all ranks have, in one exchange."""
+        return dict(numbers)
+
     def reduce(self, grads: Mapping[str, Tensor]) -> None:
         """Sum gradients over ranks, in place."""
 
@@ -99,9 +107,14 @@ class SingleEngine:
         """Euclidean norm of all gradients together, over ranks."""
         return torch.nn.utils.get_total_norm(list(grads.values())) if grads else torch.zeros((), device=self.device)
 
-    def shard(self, batch: Batch) -> Batch:
+    def rows(self, batch: Batch) -> slice:
         """This rank's part of a batch."""
-        return batch
+        return slice(0, len(batch.tokens_BT))
+
+    def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
+        """This rank's part of a batch in pieces of at most so many tokens. All ranks have as many of them: some, at the end, may
+        be empty."""
+        return batch.split(tokens)
 
     def memory_bytes(self) -> int:
         """Peak of the accelerator's allocator; on the CPU what the process holds, which never falls (`keep_freed_memory`)."""

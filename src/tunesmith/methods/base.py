@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
 from tunesmith.plan.activations import Activations
+from tunesmith.tensors import local_part
 from tunesmith.types import Batch, Memory, Scores, Wanted
 
 Metrics = dict[str, Tensor]
@@ -70,7 +71,9 @@ class EngineLike(Protocol):
     @property
     def group(self) -> GroupLike: ...
 
+    def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]: ...
     def sum(self, x: Tensor) -> Tensor: ...
+    def sums(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
     def reduce(self, grads: Mapping[str, Tensor]) -> None: ...
     def economize(self) -> None: ...
@@ -119,7 +122,7 @@ class Method:
 
     def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
         """What goes through the model here of a whole batch, in pieces that bring at most so many tokens into it."""
-        return batch.split(tokens)
+        return self.engine.micro_batches(batch, tokens)
 
     def lr_multiple(self, name: str) -> float:
         """Learning rate of a parameter over that of the schedule."""
@@ -143,7 +146,7 @@ class Method:
                 raise NonFiniteError(f"{what} is {float(metrics[what])}")
         if self.max_grad_norm is not None and grads:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(list(grads.values()), scale)
+            torch._foreach_mul_([local_part(grad) for grad in grads.values()], scale)
         self.update(lr)
         return metrics
 
@@ -174,7 +177,7 @@ class Method:
         for part in parts:
             for name, value in part.items():
                 metrics[name] = metrics.get(name, 0) + value
-        return {name: self.engine.sum(value) for name, value in metrics.items()}
+        return self.engine.sums(metrics)
 
     def keep_start(self) -> None:
         """Keep what `at_start` needs. Runs after `bind` and before any step or loaded state."""

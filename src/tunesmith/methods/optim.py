@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.tensors import mesh_of
+
 Groups = list[dict[str, Any]]
 
 
@@ -120,14 +122,15 @@ class Optimizer:
 
 
 def build_optimizer(config: Any, params: Mapping[str, Tensor], lr_multiple: Callable[[str], float]) -> Optimizer:
-    """The optimizer that the config names, over named parameters; groups by weight decay and learning-rate multiple."""
-    grouped: dict[tuple[float, float], list[tuple[str, Tensor]]] = {}
+    """The optimizer that the config names, over named parameters; groups by weight decay, learning-rate multiple and the ranks
+    over which parameters are cut, since torch updates those of a group together."""
+    grouped: dict[tuple[float, float, Any], list[tuple[str, Tensor]]] = {}
     for name, p in params.items():
         decay = config.weight_decay if p.ndim >= 2 else 0.0
-        grouped.setdefault((decay, lr_multiple(name)), []).append((name, p))
+        grouped.setdefault((decay, lr_multiple(name), mesh_of(p)), []).append((name, p))
     groups: Groups = [
         {"params": members, "weight_decay": decay, "lr_multiple": multiple}
-        for (decay, multiple), members in grouped.items()
+        for (decay, multiple, _), members in grouped.items()
     ]
     return Optimizer(OPTIMIZERS[config.name](groups, config))
 

@@ -1,0 +1,180 @@
+"""One model over many devices: a mesh of ranks that share out batches, weights and the inside of layers.
+
+The mesh has four dimensions, each of one rank or more: `replicate` × `shard` × `context` × `tensor`. Ranks that differ in the
+first two train on different parts of a batch; weights are cut over `shard` and `context` (FSDP2; with several replicas hybrid
+sharding), and inside layers over `tensor`. Losses are divided by the count of the whole batch, so gradients are sums over
+ranks and never means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import register_dataclass
+
+from tunesmith.engines.collective import Collective
+from tunesmith.engines.group import Group
+from tunesmith.engines.place import place
+from tunesmith.engines.single import SingleEngine
+from tunesmith.errors import UserError
+from tunesmith.models.load import blocks
+from tunesmith.tensors import local_part
+from tunesmith.types import Batch, Scores
+
+DIMENSIONS = ("replicate", "shard", "context", "tensor")
+
+Found = TypeVar("Found")
+
+register_dataclass(Scores, field_names=list(Scores.__dataclass_fields__), drop_field_names=[])
+"""So that FSDP sees the tensors in them, whose backward pass begins the gathering of weights."""
+
+
+class FsdpEngine(SingleEngine):
+    """Every rank holds a part of the model, and gathers a block's weights while it computes with them."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"autograd"})
+    reads: ClassVar[frozenset[str]] = SingleEngine.reads - {"generated"}
+    group_kind: ClassVar[type[Group]] = Collective
+
+    def __init__(self, config: Any, precision: str) -> None:
+        super().__init__(config, precision)
+        here = place()
+        if self.device.type != "cpu" and self.device.index is None:
+            self.device = torch.device(self.device.type, here.local_rank % torch.accelerator.device_count())
+            torch.accelerator.set_device_index(self.device.index)
+        self.group = Collective(self.device, config.timeout_s)
+        self.mesh = init_device_mesh(self.device.type, mesh_shape(config, here.world), mesh_dim_names=DIMENSIONS)
+        data = self.mesh["replicate", "shard"]._flatten("data")
+        self.rank, self.world = data.get_local_rank(), data.size()
+        self.data_group = data.get_group()
+
+    def place(self, model: Any) -> Any:
+        """As on a single device, and then cut the weights."""
+        super().place(model)
+        sharded = self.mesh["shard", "context"].size() > 1
+        model.inside = MethodType(_call, model)
+        if sharded:
+            self._shard(model)
+        return model
+
+    def _move(self, model: Any) -> None:
+        if self.mesh["shard", "context"].size() == 1:
+            super()._move(model)
+
+    def _shard(self, model: Any) -> None:
+        """Every block by itself; the rest (embeddings, last norm, head) together, which is gathered all the while."""
+        config = self.config
+        of_weights = self.mesh["shard", "context"]._flatten("weights")
+        mesh = of_weights if self.mesh["replicate"].size() == 1 else self.mesh["replicate", "weights"]
+        mixed = (
+            MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.precision == "mixed" else MixedPrecisionPolicy()
+        )
+        offload: OffloadPolicy = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+        for _, block in blocks(model):
+            fully_shard(
+                block,
+                mesh=mesh,
+                mp_policy=mixed,
+                offload_policy=offload,
+                reshard_after_forward=config.reshard_after_forward,
+            )
+        fully_shard(model, mesh=mesh, mp_policy=mixed, offload_policy=offload)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        register_fsdp_forward_method(model, "inside")
+
+    def _run(self, model: Any, compute: Callable[[], Found]) -> Found:
+        with self._autocast():
+            found: Found = model.inside(compute)
+            return found
+
+    def rows(self, batch: Batch) -> slice:
+        borders = batch.part_borders(self.world)
+        return slice(*borders[self.rank : self.rank + 2]) if self.rank + 1 < len(borders) else slice(0, 0)
+
+    def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
+        pieces = [part.split(tokens) for part in batch.parts(self.world)]
+        own = pieces[self.rank] if self.rank < len(pieces) else []
+        return own + [batch.nothing()] * (max(map(len, pieces)) - len(own))
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.world == 1:
+            return x
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self.data_group)
+        return total
+
+    def sums(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        together = self.sum(torch.cat([x.detach().double().flatten() for x in numbers.values()]))
+        pieces = together.split([x.numel() for x in numbers.values()])
+        return {name: piece.view(x.shape).to(x.dtype) for (name, x), piece in zip(numbers.items(), pieces, strict=True)}
+
+    def reduce(self, grads: Mapping[str, Tensor]) -> None:
+        """Sum what FSDP has not: gradients of weights that every rank holds whole."""
+        whole = [grad for grad in grads.values() if not isinstance(grad, DTensor)]
+        if self.world > 1 and whole:
+            dist.all_reduce_coalesced(whole, group=self.data_group)
+
+    def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
+        squares: dict[tuple[str, ...], Tensor] = {}
+        for grad in grads.values():
+            cut = cut_over(grad)
+            square = (
+                local_part(grad).float().square().sum()
+                if grad.dtype != torch.float64
+                else local_part(grad).square().sum()
+            )
+            squares[cut] = squares[cut] + square if cut in squares else square
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        for cut, square in squares.items():
+            total += self._sum_over(square.double(), cut)
+        return total.sqrt()
+
+    def _sum_over(self, x: Tensor, cut: tuple[str, ...]) -> Tensor:
+        for name in cut:
+            dist.all_reduce(x, group=self.mesh.get_group(name) if name in DIMENSIONS else self.mesh[name].get_group())
+        return x
+
+
+def cut_over(x: Tensor) -> tuple[str, ...]:
+    """Names of the mesh's dimensions over which a tensor is cut; none where every rank holds it whole."""
+    if not isinstance(x, DTensor):
+        return ()
+    names = x.device_mesh.mesh_dim_names
+    assert names is not None
+    return tuple(name for name, placement in zip(names, x.placements, strict=True) if isinstance(placement, Shard))
+
+
+def mesh_shape(config: Any, world: int) -> tuple[int, int, int, int]:
+    """Ranks along replicate, shard, context and tensor. Raises UserError where they do not multiply to those there are."""
+    given = {
+        "replicate": config.replicate,
+        "context_parallel": config.context_parallel,
+        "tensor_parallel": config.tensor_parallel,
+    }
+    product = config.replicate * config.context_parallel * config.tensor_parallel
+    if world % product:
+        said = " × ".join(f"engine.{name} {number}" for name, number in given.items() if number > 1)
+        raise UserError(f"{said} does not divide the {world} ranks that were started; change one of them")
+    return config.replicate, world // product, config.context_parallel, config.tensor_parallel
+
+
+def _call(_model: Any, compute: Callable[[], Found]) -> Found:
+    return compute()
