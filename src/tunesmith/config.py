@@ -158,6 +158,16 @@ class SingleConfig(Section):
     """torch.compile each transformer block. Pays on long runs; the first steps wait for the compiler."""
 
 
+class AutoConfig(Section):
+    """One device where one process runs. Several processes: fsdp, or replicas for method zeroth."""
+
+    name: Literal["auto"] = "auto"
+    device: str = "auto"
+    """As of engine single, here and below."""
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
 class ReplicasConfig(Section):
     """The whole model on each of several ranks, which tell each other a few numbers a step; for method zeroth. Each rank is a
     process that is started for itself, or by torchrun."""
@@ -184,8 +194,8 @@ class FsdpConfig(Section):
     compile: bool = False
     """As of engine single."""
     replicate: PositiveInt = 1
-    """Copies of the sharded model, each over world / replicate ranks (hybrid sharding): weights are gathered among the ranks of a
-    copy alone, such as those of a machine. As many as there are ranks: every rank holds the whole model."""
+    """Copies of the sharded model, each over world / replicate ranks (hybrid sharding): weights are gathered among the ranks of
+    a copy alone, such as those of a machine. As many as there are ranks: every rank holds the whole model."""
     tensor_parallel: PositiveInt = 1
     """Ranks over which the inside of each layer is cut."""
     context_parallel: PositiveInt = 1
@@ -262,7 +272,7 @@ Optimizer = Annotated[
 Schedule = Annotated[
     ConstantConfig | LinearConfig | CosineConfig | WsdConfig, Field(discriminator="name"), _named("cosine")
 ]
-Engine = Annotated[SingleConfig | ReplicasConfig | FsdpConfig, Field(discriminator="name"), _named("single")]
+Engine = Annotated[AutoConfig | SingleConfig | ReplicasConfig | FsdpConfig, Field(discriminator="name"), _named("auto")]
 
 
 class RunConfig(Section):
@@ -280,7 +290,7 @@ class RunConfig(Section):
     """How a gradient becomes an update."""
     schedule: Schedule = CosineConfig()
     """The learning rate over the steps."""
-    engine: Engine = SingleConfig()
+    engine: Engine = AutoConfig()
     """Where it runs."""
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

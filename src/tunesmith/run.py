@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tunesmith.config import RunConfig
+from tunesmith.config import Engine, RunConfig
 from tunesmith.config_file import differing_keys, settings_of
 from tunesmith.data.dataset import Dataset, EvaluationBatches, evaluation_batches
 from tunesmith.data.media import Processor
@@ -21,7 +21,7 @@ from tunesmith.data.prepare import Watch, unwatched
 from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
-from tunesmith.engines import ENGINES, build_engine
+from tunesmith.engines import ENGINES, build_engine, with_engine
 from tunesmith.engines.checkpoint import load_newest
 from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
@@ -89,6 +89,7 @@ class Result:
 
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Result:
     """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend."""
+    config, asked = with_engine(config), config.engine
     writes = ENGINES[config.engine.name].group_kind.rank_here() == 0
     console = console or Console(stderr=True, quiet=not writes)
     folder = RunFolder(Path(config.output).expanduser())
@@ -100,15 +101,16 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     with reading(console) as watch:
         run = build(config, watch)
     with run.learner.engine.group.joined(_what_ranks_share(run)):
-        return _lead(run, folder, resume, console) if writes else _follow(run, folder)
+        return _lead(run, folder, resume, console, asked) if writes else _follow(run, folder, resume, console)
 
 
-def _lead(run: Run, folder: RunFolder, resume: bool, console: Console) -> Result:
-    """The run on the only rank, or on that which writes its folder."""
+def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: Engine) -> Result:
+    """The run on the only rank, or on that which writes its folder. engine: as it was asked for, since a run may go on with
+    another number of ranks."""
     saved = _restore(run, folder, console) if resume else 0
     facts = describe(run)
     header(console, f"tunesmith → {folder.path}", facts)
-    folder.claim(run.config)
+    folder.claim(run.config.model_copy(update={"engine": engine}))
     folder.write_manifest(manifest(run, facts))
 
     config, learner = run.config, run.learner
@@ -138,19 +140,24 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console) -> Result
     return Result(folder.path, step, step == run.steps, evaluate.losses)
 
 
-def _follow(run: Run, folder: RunFolder) -> Result:
-    """The run on another rank, which starts with what rank 0 has and leaves the writing to it."""
-    begun: list[int] = []
-    run.learner.engine.group.hand_over(lambda: b"", lambda state: begun.append(_unpack(run, state)))
-    (start,) = begun
-    evaluate = _evaluation(run, None)
+def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Result:
+    """The run on another rank, which leaves the writing to rank 0. It starts with what that has, or with its own part of it."""
+    config, learner, group = run.config, run.learner, run.learner.engine.group
+    begun = [_restore(run, folder, console) if resume and group.reads_checkpoints else 0]
+    group.hand_over(lambda: b"", lambda state: begun.append(_unpack(run, state)))
+    evaluate, start = _evaluation(run, None), begun[-1]
+    checkpoint = Checkpoint(folder, None, config.checkpoint, run.objective, saved=start)
     with StopRequest() as stop:
         try:
-            step = _steps(run, start, evaluate, [evaluate], stop)
+            step = _steps(run, start, evaluate, [evaluate, *[checkpoint] * group.reads_checkpoints], stop)
         except NonFiniteError as error:
             raise UserError(f"step {error.step + 1}: {error}; rank 0 tells where") from error
+        if group.reads_checkpoints:
+            checkpoint.save(step, learner)
         if step == run.steps:
-            evaluate.measure(step, run.learner)
+            evaluate.measure(step, learner)
+            if group.reads_checkpoints:
+                learner.method.save(None)
     return Result(folder.path, step, step == run.steps, evaluate.losses)
 
 
@@ -228,6 +235,7 @@ def _with(config: RunConfig, section: str, **settings: Any) -> RunConfig:
 
 def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
+    config = with_engine(config)
     device = find_device(config.engine.device)
     needs_fp32 = METHODS[config.method.name].needs_fp32_weights(config.method)
     precision = find_precision(config.model.precision, device, needs_fp32)

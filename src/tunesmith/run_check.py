@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.data.prepare import eval_sources, training_sources
-from tunesmith.engines import ENGINES
+from tunesmith.engines import ENGINES, with_engine
 from tunesmith.errors import UserError
 from tunesmith.methods import METHODS
 from tunesmith.models.load import model_source
@@ -18,6 +18,7 @@ from tunesmith.scorers import SCORERS, Scorer
 
 def check(config: RunConfig) -> None:
     """All that can be known without loading weights. Raises UserError."""
+    config = with_engine(config)
     objective, method, engine = (
         build_objective(config.objective),
         METHODS[config.method.name],

@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.config import FsdpConfig, ReplicasConfig, RunConfig, SingleConfig
 from tunesmith.engines.fsdp import FsdpEngine
+from tunesmith.engines.place import place
 from tunesmith.engines.replicas import ReplicasEngine
 from tunesmith.engines.single import SingleEngine
+from tunesmith.errors import UserError
 
 ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "replicas": ReplicasEngine, "fsdp": FsdpEngine}
+
+
+def with_engine(config: RunConfig) -> RunConfig:
+    """The configuration with an engine in place of auto. Raises UserError for several processes that would not know each other."""
+    engine, world = config.engine, place().world
+    if engine.name == "single" and world > 1:
+        raise UserError(
+            f"engine: single runs on one device, but {world} processes were started, which would do the same work; set engine to "
+            "auto, or start one"
+        )
+    if engine.name != "auto":
+        return config
+    shared: dict[str, Any] = {
+        "device": engine.device,
+        "activation_checkpointing": engine.activation_checkpointing,
+        "compile": engine.compile,
+    }
+    chosen: Any = SingleConfig(**shared) if world == 1 else FsdpConfig(**shared)
+    if world > 1 and config.method.name == "zeroth":
+        chosen = ReplicasConfig(device=engine.device)
+    return config.model_copy(update={"engine": chosen})
 
 
 def build_engine(config: Any, precision: str) -> SingleEngine:
@@ -16,4 +40,4 @@ def build_engine(config: Any, precision: str) -> SingleEngine:
     return ENGINES[config.name](config, precision)
 
 
-__all__ = ["ENGINES", "build_engine"]
+__all__ = ["ENGINES", "SingleEngine", "build_engine", "with_engine"]

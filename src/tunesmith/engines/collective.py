@@ -38,7 +38,6 @@ class Collective(Group):
         check_alike(dict(enumerate(found)))
         yield
         dist.barrier()
-        dist.destroy_process_group()
 
     def agree(self, number: int) -> int:
         told = torch.tensor(number)
@@ -50,15 +49,19 @@ class Collective(Group):
 
 
 def _connect(device: torch.device, timeout_s: float) -> None:
-    """Join the process group, unless that is done. Numbers on the CPU go over gloo whatever the device."""
+    """Join the process group, which then lasts as long as the process. Numbers on the CPU go over gloo whatever the device."""
     if dist.is_initialized():
         return
     backend = (
         "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     )
+    timeout = timedelta(seconds=timeout_s)
+    if place().world == 1:  # nobody is to be met
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        return
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timeout)
     except (dist.DistError, ValueError) as error:
         raise UserError(
             f"engine: the ranks did not meet at {where} within {timeout_s:g} s: {str(error).splitlines()[0]}; see that all of "

@@ -1,14 +1,15 @@
 """One model over many devices: a mesh of ranks that share out batches, weights and the inside of layers.
 
-The mesh has four dimensions, each of one rank or more: `replicate` × `shard` × `context` × `tensor`. Ranks that differ in the
-first two train on different parts of a batch; weights are cut over `shard` and `context` (FSDP2; with several replicas hybrid
-sharding), and inside layers over `tensor`. Losses are divided by the count of the whole batch, so gradients are sums over
+Ranks stand in a mesh of replicate × shard × context × tensor, each of one rank or more. Those that differ in the first two
+train on different parts of a batch; weights are cut over shard and context together (FSDP2; with several replicas hybrid sharding),
+and inside layers over tensor. Losses are divided by the count of the whole batch, so gradients are sums over
 ranks and never means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
@@ -27,16 +28,15 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import register_dataclass
 
+from tunesmith.engines.checkpoint import save_parts
 from tunesmith.engines.collective import Collective
 from tunesmith.engines.group import Group
 from tunesmith.engines.place import place
 from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.models.load import blocks
-from tunesmith.tensors import local_part
+from tunesmith.tensors import local_part, whole
 from tunesmith.types import Batch, Scores
-
-DIMENSIONS = ("replicate", "shard", "context", "tensor")
 
 Found = TypeVar("Found")
 
@@ -58,29 +58,35 @@ class FsdpEngine(SingleEngine):
             self.device = torch.device(self.device.type, here.local_rank % torch.accelerator.device_count())
             torch.accelerator.set_device_index(self.device.index)
         self.group = Collective(self.device, config.timeout_s)
-        self.mesh = init_device_mesh(self.device.type, mesh_shape(config, here.world), mesh_dim_names=DIMENSIONS)
-        data = self.mesh["replicate", "shard"]._flatten("data")
-        self.rank, self.world = data.get_local_rank(), data.size()
-        self.data_group = data.get_group()
+        replicate, shard, context, tensor = mesh_shape(config, here.world)
+        self.mesh = init_device_mesh(
+            self.device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")
+        )
+        parts = (replicate * shard, context, tensor)
+        of_batches = init_device_mesh(self.device.type, parts, mesh_dim_names=("data", "context", "tensor"))
+        self.data_group = of_batches.get_group("data")
+        self.rank, self.world = of_batches.get_local_rank("data"), replicate * shard
 
     def place(self, model: Any) -> Any:
         """As on a single device, and then cut the weights."""
         super().place(model)
-        sharded = self.mesh["shard", "context"].size() > 1
         model.inside = MethodType(_call, model)
-        if sharded:
+        if self.is_sharded:
             self._shard(model)
         return model
 
     def _move(self, model: Any) -> None:
-        if self.mesh["shard", "context"].size() == 1:
+        if not self.is_sharded:  # FSDP moves no more than a rank's part
             super()._move(model)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.mesh["shard"].size() > 1
 
     def _shard(self, model: Any) -> None:
         """Every block by itself; the rest (embeddings, last norm, head) together, which is gathered all the while."""
         config = self.config
-        of_weights = self.mesh["shard", "context"]._flatten("weights")
-        mesh = of_weights if self.mesh["replicate"].size() == 1 else self.mesh["replicate", "weights"]
+        mesh = self.mesh["shard"] if self.mesh["replicate"].size() == 1 else self.mesh["replicate", "shard"]
         mixed = (
             MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.precision == "mixed" else MixedPrecisionPolicy()
         )
@@ -126,6 +132,23 @@ class FsdpEngine(SingleEngine):
         pieces = together.split([x.numel() for x in numbers.values()])
         return {name: piece.view(x.shape).to(x.dtype) for (name, x), piece in zip(numbers.items(), pieces, strict=True)}
 
+    def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+        save_parts(folder, step, state, keep, self.group.rank)
+
+    def let_go(self, model: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def gathered(self, model: Any) -> dict[str, Tensor] | None:
+        self.let_go(model)
+        state = {}
+        for name, x in model.state_dict().items():
+            x = whole(x)  # one at a time
+            if self.group.rank == 0:
+                state[name] = x.cpu()
+        return state
+
     def reduce(self, grads: Mapping[str, Tensor]) -> None:
         """Sum what FSDP has not: gradients of weights that every rank holds whole."""
         whole = [grad for grad in grads.values() if not isinstance(grad, DTensor)]
@@ -149,7 +172,7 @@ class FsdpEngine(SingleEngine):
 
     def _sum_over(self, x: Tensor, cut: tuple[str, ...]) -> Tensor:
         for name in cut:
-            dist.all_reduce(x, group=self.mesh.get_group(name) if name in DIMENSIONS else self.mesh[name].get_group())
+            dist.all_reduce(x, group=self.mesh.get_group(name))
         return x
 
 

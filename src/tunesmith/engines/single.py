@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
+from tunesmith.engines.checkpoint import save_checkpoint
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.models.load import blocks
@@ -112,9 +114,21 @@ class SingleEngine:
         return slice(0, len(batch.tokens_BT))
 
     def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
-        """This rank's part of a batch in pieces of at most so many tokens. All ranks have as many of them: some, at the end, may
-        be empty."""
+        """This rank's part of a batch in pieces of at most so many tokens. All ranks have as many of them: some, at the end,
+        may be empty."""
         return batch.split(tokens)
+
+    def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+        """As `engines/checkpoint.py` says; where ranks hold parts of the state, all of them call this."""
+        save_checkpoint(folder, step, state, keep)
+
+    def let_go(self, model: Any) -> None:
+        """Forget what has been gathered of weights that other ranks hold, since they have changed."""
+
+    def gathered(self, model: Any) -> dict[str, Tensor] | None:
+        """The model's state in whole tensors on the CPU, on rank 0 alone, where ranks hold parts of it; else None. All ranks
+        must ask for it."""
+        return None
 
     def memory_bytes(self) -> int:
         """Peak of the accelerator's allocator; on the CPU what the process holds, which never falls (`keep_freed_memory`)."""
