@@ -23,7 +23,6 @@ from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
 from tunesmith.engines import ENGINES, build_engine, with_engine
 from tunesmith.engines.checkpoint import load_newest
-from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
 from tunesmith.helpers import build_helpers
 from tunesmith.hooks import Checkpoint, Evaluate, Hook, Log, Ranks
@@ -236,21 +235,21 @@ def _with(config: RunConfig, section: str, **settings: Any) -> RunConfig:
 def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
     config = with_engine(config)
-    device = find_device(config.engine.device)
     needs_fp32 = METHODS[config.method.name].needs_fp32_weights(config.method)
-    precision = find_precision(config.model.precision, device, needs_fp32)
-    config = _with(config, "model", precision=precision)
-    data = open_data(config, watch)
+    engine = build_engine(config.engine, config.model.precision, needs_fp32)
+    config = _with(config, "model", precision=engine.precision)
+    with engine.group.one_first():
+        data = open_data(config, watch)
     config, samples, held_out, tokenizer = data.config, data.samples, data.held_out, data.renderer.tokenizer
     if data.renderer.template_is_ours and not samples.counts.conversations:
         tokenizer.chat_template = None  # the model will not know it
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     objective = build_objective(config.objective)
-    model = load_model(config.model, model_dtype(precision), objective.head, objective.num_labels)
+    model = load_model(config.model, model_dtype(engine.precision), objective.head, objective.num_labels)
     _check_fits(config, model, objective, samples, held_out)
     only_scores = "autograd" not in METHODS[config.method.name].requires
-    pack = config.data.pack if config.data.pack is not None else device.type != "cpu" or only_scores
+    pack = config.data.pack if config.data.pack is not None else engine.device.type != "cpu" or only_scores
     pack = pack and data.can_pack and isolates_sequences(model)
     share = (
         config.data.share_prompt
@@ -267,7 +266,7 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     generate = objective.wanted.generate
     behind = generate.max_new_tokens if generate else 1
     extent = Extent(data.steps, rows, tokens, accumulates, config.seed, longest + behind)
-    engine, method = build_engine(config.engine, precision), build_method(config, extent)
+    method = build_method(config, extent)
     learner = Learner(model, engine, method, config.train.micro_batch_tokens)
     config = _with(config, "method", **method.resolved())
     batches = replace(data.batches, pack=pack, share=share)

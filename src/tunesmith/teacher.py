@@ -185,7 +185,7 @@ def open_teacher(
             teacher.append(load_teacher(config, learner))
         return {name: column[batch.weights_BT != 0] for name, column in teacher[0].columns(batch).items()}
 
-    store = stored_scores(facts, batches, likeliest, "the teacher", watch, folder)
+    store = stored_scores(facts, batches, likeliest, "the teacher", watch, learner.engine.group, folder)
     teacher.clear()
     gc.collect()
     if learner.engine.device.type == "cuda":

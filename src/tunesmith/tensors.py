@@ -33,3 +33,12 @@ def part_like(x: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         own.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
     )
+
+
+def as_part(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that is cut as `like` is; itself where that is whole, or where it is no such part."""
+    if not isinstance(like, DTensor) or isinstance(x, DTensor) or x.shape != like.to_local().shape:
+        return x
+    return DTensor.from_local(
+        x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
+    )

@@ -15,12 +15,13 @@ ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "replicas": Re
 
 
 def with_engine(config: RunConfig) -> RunConfig:
-    """The configuration with an engine in place of auto. Raises UserError for several processes that would not know each other."""
+    """The configuration with an engine in place of auto. Raises UserError for several processes that know nothing of each
+    other."""
     engine, world = config.engine, place().world
     if engine.name == "single" and world > 1:
         raise UserError(
-            f"engine: single runs on one device, but {world} processes were started, which would do the same work; set engine to "
-            "auto, or start one"
+            f"engine: single runs on one device, but {world} processes were started, which would all do the same work; set "
+            "engine to auto, or start one"
         )
     if engine.name != "auto":
         return config
@@ -35,9 +36,9 @@ def with_engine(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"engine": chosen})
 
 
-def build_engine(config: Any, precision: str) -> SingleEngine:
-    """The engine that a config section names. `precision` is resolved: fp32, bf16 or mixed."""
-    return ENGINES[config.name](config, precision)
+def build_engine(config: Any, precision: str, needs_fp32_weights: bool = False) -> SingleEngine:
+    """The engine that a config section names. precision: fp32, bf16, mixed or auto (`find_precision`)."""
+    return ENGINES[config.name](config, precision, needs_fp32_weights)
 
 
 __all__ = ["ENGINES", "SingleEngine", "build_engine", "with_engine"]

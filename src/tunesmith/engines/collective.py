@@ -15,6 +15,9 @@ from tunesmith.engines.group import Group, check_alike
 from tunesmith.engines.place import place
 from tunesmith.errors import UserError
 
+PREPARATION = timedelta(hours=12)
+"""What one rank may take to read and tokenize data while others wait."""
+
 
 class Collective(Group):
     """All ranks do the same steps, each on its part of every tensor and batch. None of them can be missed."""
@@ -26,6 +29,7 @@ class Collective(Group):
         self.rank, self.world = here.rank, here.world
         self.ranks = (self.rank,)  # no rank has batches for itself
         _connect(device, timeout_s)
+        self.patient = dist.new_group(backend="gloo", timeout=PREPARATION)
 
     @classmethod
     def rank_here(cls) -> int:
@@ -38,6 +42,17 @@ class Collective(Group):
         check_alike(dict(enumerate(found)))
         yield
         dist.barrier()
+
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        is_first = place().local_rank == 0
+        try:
+            if not is_first:
+                dist.barrier(self.patient)
+            yield
+        finally:  # whatever went wrong will go wrong for the others, too
+            if is_first:
+                dist.barrier(self.patient)
 
     def agree(self, number: int) -> int:
         told = torch.tensor(number)

@@ -1,9 +1,9 @@
 """One model over many devices: a mesh of ranks that share out batches, weights and the inside of layers.
 
 Ranks stand in a mesh of replicate × shard × context × tensor, each of one rank or more. Those that differ in the first two
-train on different parts of a batch; weights are cut over shard and context together (FSDP2; with several replicas hybrid sharding),
-and inside layers over tensor. Losses are divided by the count of the whole batch, so gradients are sums over
-ranks and never means.
+train on different parts of a batch; weights are cut over shard and context together (FSDP2; with several replicas hybrid
+sharding), and inside layers over tensor. Losses are divided by the count of the whole batch, so gradients are sums over ranks
+and never means.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ from tunesmith.models.load import blocks
 from tunesmith.tensors import local_part, whole
 from tunesmith.types import Batch, Scores
 
+PRECISIONS = ("mixed", "bf16", "fp32")
+"""What one rank cannot do fast, none does."""
+
 Found = TypeVar("Found")
 
 register_dataclass(Scores, field_names=list(Scores.__dataclass_fields__), drop_field_names=[])
@@ -51,13 +54,14 @@ class FsdpEngine(SingleEngine):
     reads: ClassVar[frozenset[str]] = SingleEngine.reads - {"generated"}
     group_kind: ClassVar[type[Group]] = Collective
 
-    def __init__(self, config: Any, precision: str) -> None:
-        super().__init__(config, precision)
+    def __init__(self, config: Any, precision: str, needs_fp32_weights: bool = False) -> None:
+        super().__init__(config, precision, needs_fp32_weights)
         here = place()
         if self.device.type != "cpu" and self.device.index is None:
             self.device = torch.device(self.device.type, here.local_rank % torch.accelerator.device_count())
             torch.accelerator.set_device_index(self.device.index)
         self.group = Collective(self.device, config.timeout_s)
+        self.precision = PRECISIONS[self.group.agree(PRECISIONS.index(self.precision))]  # found by measuring
         replicate, shard, context, tensor = mesh_shape(config, here.world)
         self.mesh = init_device_mesh(
             self.device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")

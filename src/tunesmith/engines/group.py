@@ -32,6 +32,11 @@ class Group:
         """Inside, the ranks work together. Raises UserError where the ranks' facts differ, each a number or text by name."""
         yield
 
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """Of the ranks of a machine one does what is inside before the others, who find in the cache what it has made."""
+        yield
+
     def hand_over(self, give: Callable[[], bytes], take: Callable[[bytes], None]) -> None:
         """What rank 0 gives, taken by all others before any of them goes on."""
 

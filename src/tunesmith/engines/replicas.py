@@ -201,8 +201,8 @@ class ReplicasEngine(SingleEngine):
     provides: ClassVar[frozenset[str]] = frozenset({"probes"})
     group_kind: ClassVar[type[Group]] = Star
 
-    def __init__(self, config: Any, precision: str) -> None:
-        super().__init__(config, precision)
+    def __init__(self, config: Any, precision: str, needs_fp32_weights: bool = False) -> None:
+        super().__init__(config, precision, needs_fp32_weights)
         self.group = Star(config.timeout_s, config.check_every)
         number = torch.accelerator.device_count() if config.device == "auto" else 0
         if number > 1:  # the ranks of a machine share its devices out

@@ -33,11 +33,11 @@ class SingleEngine:
     """Of those among whom tensors are summed."""
     group_kind: ClassVar[type[Group]] = Group
 
-    def __init__(self, config: Any, precision: str) -> None:
+    def __init__(self, config: Any, precision: str, needs_fp32_weights: bool = False) -> None:
         self.config = config
         self.group: Group = Group()
-        self.precision = precision
         self.device = find_device(config.device)
+        self.precision = find_precision(precision, self.device, needs_fp32_weights)
         if self.device.type == "cpu":
             keep_freed_memory()
 
