@@ -56,6 +56,7 @@ def check(config: RunConfig) -> None:
     training_sources(config.data)
     eval_sources(config.data)
     model_source(config.model)
+    engine.check(config)
     for setting in ("reference_model", "teacher"):
         path = getattr(config.objective, setting, None)
         if path and not (setting == "teacher" and _scores_are_there(config)):

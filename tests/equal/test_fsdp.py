@@ -15,6 +15,8 @@ from tests.equal.ranks import on_ranks
 from tests.families import make_model
 from tests.product.test_product import losses
 from tunesmith.config import (
+    AdafactorConfig,
+    AdamW8bitConfig,
     AdamWConfig,
     FreezeConfig,
     FsdpConfig,
@@ -48,6 +50,8 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": ADAMW},
     "lion": {"optimizer": LionConfig(lr=1e-3)},
     "muon": {"optimizer": MuonConfig(lr=1e-3)},
+    "adafactor, whole on all": {"optimizer": AdafactorConfig(lr=1e-2), "engine": {"replicate": 2}},
+    "adamw8bit, whole on all": {"optimizer": AdamW8bitConfig(lr=1e-2), "engine": {"replicate": 2}},
     "clipped": {"max_grad_norm": 0.1},
     "accumulated": {"tokens": 24},
     "packed, accumulated": {"pack": True, "tokens": 16, "optimizer": ADAMW},
@@ -56,12 +60,18 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "not let go": {"engine": {"reshard_after_forward": False}},
     "whole on all": {"engine": {"replicate": 2}, "optimizer": ADAMW, "tokens": 24},
     "lora": {"method": LoraConfig(rank=4, alpha=8.0), "optimizer": ADAMW, "tokens": 24},
+    "tensor": {"engine": {"tensor_parallel": 2}, "optimizer": ADAMW, "tokens": 24},
+    "tensor, partial gradients": {"engine": {"tensor_parallel": 2}, "family": "qwen3", "max_grad_norm": 0.1},
+    "tensor, lora": {"engine": {"tensor_parallel": 2}, "method": LoraConfig(rank=4, alpha=8.0), "optimizer": ADAMW},
+    "tensor, frozen": {"engine": {"tensor_parallel": 2}, "method": FreezeConfig(patterns=("*.q_proj.*",))},
     "dora": {"method": LoraConfig(rank=4, alpha=8.0, dora=True)},
     "freeze": {"method": FreezeConfig(patterns=("lm_head.*",)), "optimizer": ADAMW},
     **{family: {"family": family, "tokens": 24} for family in ("qwen3_moe", "gemma3_text", "gpt2", "mamba")},
 }
 ON_FOUR: dict[str, dict[str, Any]] = {
     "hybrid": {"engine": {"replicate": 2}, "optimizer": ADAMW, "tokens": 24},
+    "tensor and parts": {"engine": {"tensor_parallel": 2}, "family": "qwen3", "optimizer": ADAMW, "tokens": 24},
+    "tensor and copies": {"engine": {"tensor_parallel": 2, "replicate": 2}, "family": "phi3", "tokens": 24},
     "four parts": {"family": "qwen3", "tokens": 24},
 }
 

@@ -8,7 +8,7 @@ and never means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
@@ -25,16 +25,18 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import register_dataclass
 
+from tunesmith.config import RunConfig
 from tunesmith.engines.checkpoint import save_parts
 from tunesmith.engines.collective import Collective
 from tunesmith.engines.group import Group
 from tunesmith.engines.place import place
 from tunesmith.engines.single import SingleEngine
+from tunesmith.engines.tensor_parallel import check_replicated, check_tensor_parallel, tensor_parallel
 from tunesmith.errors import UserError
-from tunesmith.models.load import blocks
+from tunesmith.models.load import blocks, load_config
 from tunesmith.tensors import local_part, whole
 from tunesmith.types import Batch, Scores
 
@@ -50,6 +52,9 @@ register_dataclass(Scores, field_names=list(Scores.__dataclass_fields__), drop_f
 class FsdpEngine(SingleEngine):
     """Every rank holds a part of the model, and gathers a block's weights while it computes with them."""
 
+    partial: frozenset[str] = frozenset()
+    """Parameters to whose gradients each of the ranks along `tensor` adds."""
+    has_checked = False
     provides: ClassVar[frozenset[str]] = frozenset({"autograd"})
     reads: ClassVar[frozenset[str]] = SingleEngine.reads - {"generated"}
     group_kind: ClassVar[type[Group]] = Collective
@@ -68,13 +73,36 @@ class FsdpEngine(SingleEngine):
         )
         parts = (replicate * shard, context, tensor)
         of_batches = init_device_mesh(self.device.type, parts, mesh_dim_names=("data", "context", "tensor"))
+        self.compiles_dynamic = tensor == 1  # torch 2.13 compiles no cut layers for changing shapes
         self.data_group = of_batches.get_group("data")
         self.rank, self.world = of_batches.get_local_rank("data"), replicate * shard
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        engine: Any = config.engine
+        method: Any = config.method
+        optimizer = config.optimizer.name
+        shape = mesh_shape(engine, place().world)
+        refused = {
+            "method.init: pissa": getattr(method, "init", "") == "pissa",
+            "method.weights: stream": getattr(method, "weights", "") == "stream",
+            "method.memory": getattr(method, "memory", None) is not None,
+            "method.dora with engine.tensor_parallel": shape[3] > 1 and getattr(method, "dora", False),
+            f"optimizer: {optimizer}": optimizer in ("adafactor", "adamw8bit") and shape[1:] != (1, 1, 1),
+        }
+        for setting, is_asked in refused.items():
+            if is_asked:
+                raise UserError(
+                    f"{setting}: needs whole weights, of which each rank holds a part: leave it out, or start one rank"
+                )
+        if shape[3] > 1:
+            check_tensor_parallel(load_config(config.model), shape[3])
 
     def place(self, model: Any) -> Any:
         """As on a single device, and then cut the weights."""
         super().place(model)
         model.inside = MethodType(_call, model)
+        self.partial = tensor_parallel(model, self.mesh["tensor"])
         if self.is_sharded:
             self._shard(model)
         return model
@@ -85,7 +113,7 @@ class FsdpEngine(SingleEngine):
 
     @property
     def is_sharded(self) -> bool:
-        return self.mesh["shard"].size() > 1
+        return self.mesh["shard", "tensor"].size() > 1
 
     def _shard(self, model: Any) -> None:
         """Every block by itself; the rest (embeddings, last norm, head) together, which is gathered all the while."""
@@ -154,10 +182,22 @@ class FsdpEngine(SingleEngine):
         return state
 
     def reduce(self, grads: Mapping[str, Tensor]) -> None:
-        """Sum what FSDP has not: gradients of weights that every rank holds whole."""
-        whole = [grad for grad in grads.values() if not isinstance(grad, DTensor)]
-        if self.world > 1 and whole:
-            dist.all_reduce_coalesced(whole, group=self.data_group)
+        """Sum what FSDP has not: over parts of the batch the gradients of weights that every rank holds whole, and over parts
+        of layers those that each of them adds to."""
+        if not self.is_sharded:
+            for together in _by_dtype(grads.values()):
+                dist.all_reduce_coalesced(together, group=self.data_group)
+        if self.mesh["tensor"].size() > 1:
+            for name, grad in grads.items():
+                if name.partition("[")[0] in self.partial:  # a chunk's rows are named behind their parameter
+                    dist.all_reduce(local_part(grad), group=self.mesh.get_group("tensor"))
+            if not self.has_checked:
+                check_replicated(grads, self.mesh["tensor"])
+                self.has_checked = True
+
+    def seed(self, seed: int, step: int) -> None:
+        """Ranks that read the same rows, and share the inside of layers out, drop the same."""
+        super().seed(seed + self.rank, step)
 
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         squares: dict[tuple[str, ...], Tensor] = {}
@@ -186,7 +226,15 @@ def cut_over(x: Tensor) -> tuple[str, ...]:
         return ()
     names = x.device_mesh.mesh_dim_names
     assert names is not None
-    return tuple(name for name, placement in zip(names, x.placements, strict=True) if isinstance(placement, Shard))
+    return tuple(name for name, placement in zip(names, x.placements, strict=True) if not placement.is_replicate())
+
+
+def _by_dtype(grads: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Tensors that can go over the wire together."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for grad in grads:
+        found.setdefault(grad.dtype, []).append(grad)
+    return found.values()
 
 
 def mesh_shape(config: Any, world: int) -> tuple[int, int, int, int]:

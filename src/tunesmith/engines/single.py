@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from tunesmith.config import RunConfig
 from tunesmith.engines.checkpoint import save_checkpoint
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
@@ -29,6 +30,8 @@ class SingleEngine:
     provides: ClassVar[frozenset[str]] = frozenset({"autograd", "probes"})
     reads: ClassVar[frozenset[str]] = frozenset({"logits", "choices", "values", "router", "embeddings", "generated"})
     """Parts of Scores beyond log-probabilities that `score` can give."""
+    compiles_dynamic = True
+    """Whether compiled blocks take batches of all shapes; else each shape is compiled anew."""
     rank, world = 0, 1
     """Of those among whom tensors are summed."""
     group_kind: ClassVar[type[Group]] = Group
@@ -41,6 +44,10 @@ class SingleEngine:
         if self.device.type == "cpu":
             keep_freed_memory()
 
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raises UserError for what this engine cannot run, before anything is loaded."""
+
     def place(self, model: Any) -> Any:
         """Move to the device, learn the head's rule, and apply checkpointing and compilation, in this order."""
         self._move(model)
@@ -50,7 +57,7 @@ class SingleEngine:
         self.checkpoint_blocks(model, self.config.activation_checkpointing)
         if self.config.compile:
             for _, block in blocks(model):
-                block.compile(dynamic=True)
+                block.compile(dynamic=self.compiles_dynamic)
         return model
 
     def _move(self, model: Any) -> None:
