@@ -163,9 +163,11 @@ class AutoConfig(Section):
 
     name: Literal["auto"] = "auto"
     device: str = "auto"
-    """As of engine single, here and below."""
+    """cpu, cuda, cuda:1, mps …; auto takes the accelerator that torch finds, of several the one for this process."""
     activation_checkpointing: bool = False
+    """As of engine single."""
     compile: bool = False
+    """As of engine single."""
 
 
 class ReplicasConfig(Section):
