@@ -223,7 +223,7 @@ def test_a_config_is_frozen() -> None:
             "run.yaml:4: objective: ce_weight: uld does not say which token is which: set it between 0 and 1, such as 0.5",
         ),
         ("schedule: cosinus", "run.yaml:4: schedule: unknown name 'cosinus'; did you mean cosine?"),
-        ("engine: ddp", "run.yaml:4: engine: unknown name 'ddp'; known: auto, single, replicas, fsdp"),
+        ("engine: horovod", "run.yaml:4: engine: unknown name 'horovod'; known: auto, single, replicas, fsdp"),
         (
             "method: freeze",
             "run.yaml:4: method: nothing would train: set last_blocks, first_blocks or patterns",
