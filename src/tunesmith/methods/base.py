@@ -102,6 +102,11 @@ class Method:
         self.start: dict[str, Tensor] | None = None
 
     @classmethod
+    def starts_from_weights(cls, config: Any) -> bool:
+        """Whether what `adapt` inserts is computed from the model's weights: then they must be there, whole."""
+        return False
+
+    @classmethod
     def needs_fp32_weights(cls, config: Any) -> bool:
         """Whether the updates go to the model's own weights, which bf16 would round at each step; `config`: the method's."""
         return True

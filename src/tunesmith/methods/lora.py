@@ -33,6 +33,10 @@ class Lora(Method):
     def needs_fp32_weights(cls, config: Any) -> bool:
         return False
 
+    @classmethod
+    def starts_from_weights(cls, config: Any) -> bool:
+        return config.dora or config.init == "pissa"
+
     def adapt(self, model: Any) -> None:
         import peft
 

@@ -104,6 +104,20 @@ def load_model(
     head: language, or a value head of `num_labels` outputs. A checkpoint that has such a head keeps it; over a language
     model it starts at random, from torch's seed. Raises UserError.
     """
+    model, _ = from_checkpoint(config, dtype, head, num_labels)
+    if head != "language":
+        check_values(config, model)
+        know_padding(config, model)
+    return model
+
+
+def from_checkpoint(
+    config: ModelConfig, dtype: torch.dtype, head: HeadKind, num_labels: int, **placement: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """As `load_model`, before its value head is looked at: (model, names of a head's weights that the checkpoint lacks).
+
+    placement: transformers' word on where the weights go, `device_map`. Raises UserError.
+    """
     from torch import nn
 
     source = model_source(config)
@@ -115,7 +129,7 @@ def load_model(
         _set_num_labels(config, architecture, head, num_labels)
     try:
         model, info = kind.from_pretrained(
-            source, config=architecture, dtype=dtype, output_loading_info=True, **attention, **options
+            source, config=architecture, dtype=dtype, output_loading_info=True, **attention, **options, **placement
         )
     except Exception as error:  # safetensors, transformers and the hub each raise types of their own
         raise UserError(_loading_failed("model", config, error)) from error
@@ -132,12 +146,15 @@ def load_model(
         )
     if getattr(model, "is_quantized", False):
         raise UserError(f"{config.path}: quantized weights cannot be trained yet; use the unquantized checkpoint")
-    model.eval()
-    if head != "language":
-        _check_values(config, model)
-        # only now: read earlier, it would tell the embeddings to give that token no gradient
-        model.config.get_text_config().pad_token_id = padding_token(load_tokenizer(config))
-    return model
+    return model.eval(), set(info["missing_keys"])
+
+
+def know_padding(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Tell a model with a value head which token fills up batches.
+
+    Not before it is loaded: read then, it would tell the embeddings to give that token no gradient.
+    """
+    model.config.get_text_config().pad_token_id = padding_token(load_tokenizer(config))
 
 
 def _model_class(config: ModelConfig, architecture: PreTrainedConfig, head: HeadKind) -> Any:
@@ -181,7 +198,7 @@ def _set_num_labels(config: ModelConfig, architecture: PreTrainedConfig, head: H
         architecture.num_labels = num_labels
 
 
-def _check_values(config: ModelConfig, model: PreTrainedModel) -> None:
+def check_values(config: ModelConfig, model: PreTrainedModel) -> None:
     """Raises UserError if the model's own forward does not give its value head's outputs at the last token, or at each."""
     import torch
 

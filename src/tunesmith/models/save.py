@@ -1,0 +1,163 @@
+"""The final model as ordinary files, written by all ranks together, none of which ever holds it whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.errors import UserError
+from tunesmith.models.conversion import Piece, empty_like, saving_pieces
+from tunesmith.models.tensor_files import TensorWriter
+
+FILE_BYTES = 5 * 10**9
+"""At most so much goes into a file (one tensor, if that is more)."""
+INDEX = "model.safetensors.index.json"
+
+Gather = Callable[[Tensor], Tensor]
+Exchange = Callable[[str], list[str]]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, wherever its parts are. Every rank that has a part must call it."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def exchange_texts(text: str) -> list[str]:
+    """What each rank says, by rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [text]
+    said = [""] * dist.get_world_size()
+    dist.all_gather_object(said, text)
+    return said
+
+
+@torch.no_grad()
+def save_sharded(
+    model: Any, folder: Path, rank: int, world: int, gather: Gather = whole, exchange: Exchange = exchange_texts,
+    file_bytes: int = FILE_BYTES,
+) -> None:  # fmt: skip
+    """What `model.save_pretrained(folder)` writes: the same names, shapes, types and bits, in smaller files.
+
+    All ranks call it, with a folder that all of them see. Tensors are gathered one after another, and each goes at once
+    into its file, which one rank writes. Where a file cannot be written all ranks raise UserError.
+    """
+    tensors = dict(model.state_dict(keep_vars=True))
+    plan = _plan(model, tensors, file_bytes)
+    _agree(folder, _trouble(_prepare, model, folder) if rank == 0 else "", exchange)
+    mine = {file for n, file in enumerate(plan.files) if n % world == rank}
+    trouble = ""
+    with ExitStack() as opened:
+        writers: dict[str, TensorWriter] = {}
+        for piece, names in plan.pieces:
+            gathered = {key: gather(tensors[key]) for key, _ in piece.sources}
+            own = [name for name in names if plan.file_of[name] in mine]
+            if own and not trouble:  # in trouble too: the others wait for this rank's part of the next tensor
+                made = piece.run(partial(_on_cpu, gathered))
+                trouble = _trouble(_write, folder, plan, {name: made[name] for name in own}, writers, opened)
+                del made
+            del gathered  # before the next is gathered
+    if rank == 0 and plan.index and not trouble:
+        text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
+        trouble = _trouble((folder / INDEX).write_text, text, "utf-8")
+    _agree(folder, trouble, exchange)
+
+
+def _agree(folder: Path, trouble: str, exchange: Exchange) -> None:
+    """Raises UserError on all ranks if one is in trouble."""
+    if failed := [f"rank {rank}: {said}" for rank, said in enumerate(exchange(trouble)) if said]:
+        raise UserError(f"{folder}: the model cannot be saved: {'; '.join(failed)}; free some space, or mend the disk")
+
+
+def _trouble(write: Callable[..., Any], *arguments: Any) -> str:
+    """Write; returns what went wrong on the disk, empty if nothing."""
+    try:
+        write(*arguments)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _prepare(model: Any, folder: Path) -> None:
+    """Everything but the weights, in a folder without those of an earlier save."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        old.unlink(missing_ok=True)
+    model.save_pretrained(folder, state_dict={})
+
+
+def _on_cpu(tensors: dict[str, Tensor], name: str) -> Tensor:
+    return tensors[name].detach().cpu()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    pieces: list[tuple[Piece, list[str]]]
+    """With the names of what each gives."""
+    files: dict[str, dict[str, Tensor]]
+    """What is in each, on the meta device."""
+    file_of: dict[str, str]
+    index: dict[str, Any] = field(default_factory=dict)
+    """Of several files."""
+
+
+def _plan(model: Any, tensors: dict[str, Tensor], file_bytes: int) -> _Plan:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = set(model._keys_to_ignore_on_save or ())
+    empty = {name: empty_like(tensor) for name, tensor in tensors.items() if name not in ignored}
+    empty = remove_tied_weights_from_state_dict(empty, model)
+    pieces: list[tuple[Piece, list[str]]] = []
+    results: dict[str, Tensor] = {}
+    for piece in saving_pieces(model, empty):
+        made = piece.run(empty.__getitem__)
+        pieces.append((piece, list(made)))
+        results |= made
+    split = split_torch_state_dict_into_shards(
+        results, filename_pattern="model{suffix}.safetensors", max_shard_size=file_bytes
+    )
+    files = {file: {name: results[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    file_of = {name: file for file, names in files.items() for name in names}
+    if not split.is_sharded:
+        return _Plan(pieces, files, file_of)
+    metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+    return _Plan(pieces, files, file_of, {"metadata": metadata, "weight_map": file_of})
+
+
+def _write(
+    folder: Path, plan: _Plan, tensors: dict[str, Tensor], writers: dict[str, TensorWriter], opened: ExitStack
+) -> None:
+    for name, tensor in tensors.items():
+        file = plan.file_of[name]
+        if file not in writers:
+            writers[file] = opened.enter_context(TensorWriter(folder / file, plan.files[file]))
+        writers[file].write(name, tensor)
+
+
+@torch.no_grad()
+def save_adapter(peft_model: Any, folder: Path, rank: int, gather: Gather = whole) -> None:
+    """What `peft_model.save_pretrained(folder)` writes, of sharded parameters. All ranks call it, rank 0 writes."""
+    from peft import get_peft_model_state_dict
+
+    tensors = dict(peft_model.state_dict(keep_vars=True))
+    empty = {name: empty_like(tensor) for name, tensor in tensors.items()}
+    chosen = {id(tensor) for tensor in get_peft_model_state_dict(peft_model, state_dict=dict(empty)).values()}
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in empty.items():
+        if id(tensor) in chosen:
+            full = gather(tensors[name]).detach()
+            gathered |= {name: full.cpu()} if rank == 0 else {}
+    if rank == 0:
+        peft_model.save_pretrained(folder, state_dict=gathered)
