@@ -31,14 +31,14 @@ from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
 from tunesmith.manifest import describe, manifest, other_models, versions, weights_hash
 from tunesmith.methods import METHODS, Extent, NonFiniteError, build_method
-from tunesmith.models.load import load_model, model_source, padding_token
+from tunesmith.models.load import model_source, padding_token
 from tunesmith.models.probe import attention_span, isolates_sequences, shares_prefixes
 from tunesmith.models.score import has_router
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.report import write_report
 from tunesmith.run_check import check
 from tunesmith.run_data import open_data
-from tunesmith.run_folder import EventLog, RunFolder, read_events, write_folder
+from tunesmith.run_folder import EventLog, RunFolder, aside_of, read_events, write_folder
 from tunesmith.schedules import build_schedule
 
 WIDEST_MASK = 8192
@@ -156,7 +156,7 @@ def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Resu
         if step == run.steps:
             evaluate.measure(step, learner)
             if group.reads_checkpoints:
-                learner.method.save(None)
+                learner.method.save(aside_of(folder.model))
     return Result(folder.path, step, step == run.steps, evaluate.losses)
 
 
@@ -246,16 +246,19 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     objective = build_objective(config.objective)
-    model = load_model(config.model, model_dtype(engine.precision), objective.head, objective.num_labels)
-    _check_fits(config, model, objective, samples, held_out)
+    model, probed = engine.load(
+        config.model, model_dtype(engine.precision), objective.head, objective.num_labels,
+        METHODS[config.method.name].starts_from_weights(config.method),
+    )  # fmt: skip
+    _check_fits(config, model, probed, objective, samples, held_out)
     only_scores = "autograd" not in METHODS[config.method.name].requires
     pack = config.data.pack if config.data.pack is not None else engine.device.type != "cpu" or only_scores
-    pack = pack and data.can_pack and isolates_sequences(model)
+    pack = pack and data.can_pack and isolates_sequences(probed)
     share = (
         config.data.share_prompt
         and objective.form == "pairs"
         and data.can_pack
-        and _may_share(config, model, pack, samples, held_out)
+        and _may_share(config, probed, pack, samples, held_out)
     )
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
     longest = _longest(config, samples, held_out)
@@ -296,13 +299,14 @@ def _longest(config: RunConfig, *sets: Samples) -> int:
     return max(int(part.lengths().max()) for part in sets if len(part))
 
 
-def _check_fits(config: RunConfig, model: Any, objective: Objective, *sets: Samples) -> None:
-    """Positions and token ids that the model knows, and experts where they are to be balanced. Raises UserError."""
+def _check_fits(config: RunConfig, model: Any, probed: Any, objective: Objective, *sets: Samples) -> None:
+    """Positions and token ids that the model knows, and experts where they are to be balanced. probed: as `load` gives it.
+    Raises UserError."""
     if "router" in objective.reads and any(part.have_media for part in sets):
         raise UserError(
             "objective.router_loss: experts are balanced on text alone, but there are media in the data; set it to 0"
         )
-    if "router" in objective.reads and not has_router(model):
+    if "router" in objective.reads and not has_router(probed):
         raise UserError(
             f"objective.router_loss: {type(model).__name__} is no mixture of experts that tells where it sends its tokens; set "
             "it to 0"

@@ -106,9 +106,14 @@ def writing(file: Path, errors: str = "strict") -> Iterator[TextIO]:
         raise UserError(f"{file}: could not be written: {error}") from error
 
 
+def aside_of(folder: Path) -> Path:
+    """Where a folder is written before it is put in place."""
+    return folder.with_name(f".{folder.name}.writing")
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder, and put it in place only when it is whole and on the disk."""
-    aside, doomed = (folder.with_name(f".{folder.name}.{what}") for what in ("writing", "removing"))
+    aside, doomed = aside_of(folder), folder.with_name(f".{folder.name}.removing")
     try:
         for left_over in (aside, doomed):
             shutil.rmtree(left_over, ignore_errors=True)

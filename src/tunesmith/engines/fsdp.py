@@ -9,6 +9,8 @@ and never means.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
@@ -28,7 +30,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import register_dataclass
 
-from tunesmith.config import RunConfig
+from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.engines.checkpoint import save_parts
 from tunesmith.engines.collective import Collective
 from tunesmith.engines.group import Group
@@ -36,8 +38,13 @@ from tunesmith.engines.place import place
 from tunesmith.engines.single import SingleEngine
 from tunesmith.engines.tensor_parallel import check_replicated, check_tensor_parallel, tensor_parallel
 from tunesmith.errors import UserError
-from tunesmith.models.load import blocks, load_config
-from tunesmith.tensors import local_part, whole
+from tunesmith.models.head import Head
+from tunesmith.models.load import HeadKind, blocks, load_config
+from tunesmith.models.probe import find_head
+from tunesmith.models.save import save_adapter, save_sharded
+from tunesmith.models.sharded import Checkpoint, empty_model, why_whole
+from tunesmith.models.sibling import sibling
+from tunesmith.tensors import local_part
 from tunesmith.types import Batch, Scores
 
 PRECISIONS = ("mixed", "bf16", "fp32")
@@ -98,14 +105,40 @@ class FsdpEngine(SingleEngine):
         if shape[3] > 1:
             check_tensor_parallel(load_config(config.model), shape[3])
 
+    checkpoint: Checkpoint | None = None
+    """Of a model that has been loaded without its weights, until they are read."""
+
+    def load(
+        self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
+        needs_weights: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        if not self.is_sharded or needs_weights or why_whole(config):
+            return super().load(config, dtype, head, num_labels)
+        model, self.checkpoint = empty_model(config, dtype, head, num_labels)
+        self.small = sibling(model)
+        return model, self.small
+
+    def adapting(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self.checkpoint is None else self.checkpoint.standing_in(model)
+
     def place(self, model: Any) -> Any:
-        """As on a single device, and then cut the weights."""
+        """As on a single device, and then cut the weights; those that are not there yet are read when they are cut."""
         super().place(model)
         model.inside = MethodType(_call, model)
         self.partial = tensor_parallel(model, self.mesh["tensor"])
         if self.is_sharded:
             self._shard(model)
+        if self.checkpoint is not None:
+            on_host = torch.device("cpu") if self.config.cpu_offload else self.device
+            self.checkpoint.fill(model, on_host, buffers=self.device)
+            self.checkpoint, self.small = None, None
         return model
+
+    def _head_of(self, model: Any) -> Head:
+        if self.checkpoint is None:
+            return super()._head_of(model)
+        small = find_head(self.small)
+        return small if small.linear is None else replace(small, linear=model.get_output_embeddings())
 
     def _move(self, model: Any) -> None:
         if not self.is_sharded:  # FSDP moves no more than a rank's part
@@ -172,14 +205,13 @@ class FsdpEngine(SingleEngine):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def gathered(self, model: Any) -> dict[str, Tensor] | None:
+    def save_model(self, model: Any, folder: Path) -> None:
         self.let_go(model)
-        state = {}
-        for name, x in model.state_dict().items():
-            x = whole(x)  # one at a time
-            if self.group.rank == 0:
-                state[name] = x.cpu()
-        return state
+        save_sharded(model, folder, self.group.rank, self.group.world)
+
+    def save_adapter(self, peft_model: Any, folder: Path) -> None:
+        self.let_go(peft_model)
+        save_adapter(peft_model, folder, self.group.rank)
 
     def reduce(self, grads: Mapping[str, Tensor]) -> None:
         """Sum what FSDP has not: over parts of the batch the gradients of weights that every rank holds whole, and over parts

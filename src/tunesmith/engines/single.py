@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -11,11 +12,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from tunesmith.config import RunConfig
+from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.engines.checkpoint import save_checkpoint
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
-from tunesmith.models.load import blocks
+from tunesmith.models.head import Head
+from tunesmith.models.load import HeadKind, blocks, load_model
 from tunesmith.models.probe import find_head
 from tunesmith.models.score import hidden_of_targets, score
 from tunesmith.plan.activations import Activations, measure
@@ -48,17 +50,35 @@ class SingleEngine:
     def check(cls, config: RunConfig) -> None:
         """Raises UserError for what this engine cannot run, before anything is loaded."""
 
+    def load(
+        self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
+        needs_weights: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """(the model, on the CPU or still without its weights; a model that answers the probes as it would).
+
+        needs_weights: that a method's adapters start from weights. Raises UserError.
+        """
+        model = load_model(config, dtype, head, num_labels)
+        return model, model
+
+    def adapting(self, model: Any) -> AbstractContextManager[None]:
+        """Inside, a method may put adapters into a model that has just been loaded."""
+        return nullcontext()
+
     def place(self, model: Any) -> Any:
         """Move to the device, learn the head's rule, and apply checkpointing and compilation, in this order."""
         self._move(model)
         model.eval()  # PEFT's new layers start in training mode: the probe compares two passes
         with self._autocast(), torch.no_grad():
-            self.head = find_head(model)
+            self.head = self._head_of(model)
         self.checkpoint_blocks(model, self.config.activation_checkpointing)
         if self.config.compile:
             for _, block in blocks(model):
                 block.compile(dynamic=self.compiles_dynamic)
         return model
+
+    def _head_of(self, model: Any) -> Head:
+        return find_head(model)
 
     def _move(self, model: Any) -> None:
         """To the device; weights without storage are those that a method brings itself."""
@@ -132,10 +152,13 @@ class SingleEngine:
     def let_go(self, model: Any) -> None:
         """Forget what has been gathered of weights that other ranks hold, since they have changed."""
 
-    def gathered(self, model: Any) -> dict[str, Tensor] | None:
-        """The model's state in whole tensors on the CPU, on rank 0 alone, where ranks hold parts of it; else None. All ranks
-        must ask for it."""
-        return None
+    def save_model(self, model: Any, folder: Path) -> None:
+        """Write what transformers loads as is. Where ranks hold parts of the model, all of them call this."""
+        model.save_pretrained(folder)
+
+    def save_adapter(self, peft_model: Any, folder: Path) -> None:
+        """The same of what PEFT loads."""
+        peft_model.save_pretrained(folder)
 
     def memory_bytes(self) -> int:
         """Peak of the accelerator's allocator; on the CPU what the process holds, which never falls (`keep_freed_memory`)."""

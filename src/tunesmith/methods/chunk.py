@@ -231,7 +231,7 @@ class Chunk(Method):
         """Inside, all weights can be read and loaded."""
         return nullcontext() if self.stream is None else self.stream.aside()
 
-    def save(self, folder: Path | None) -> None:
+    def save(self, folder: Path) -> None:
         with self._readable():
             super().save(folder)
 
