@@ -23,6 +23,7 @@ from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
 from tunesmith.engines import ENGINES, build_engine
 from tunesmith.engines.checkpoint import load_newest
+from tunesmith.engines.place import find_place
 from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
 from tunesmith.helpers import build_helpers
@@ -88,14 +89,19 @@ class Result:
 
 
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Result:
-    """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend."""
+    """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend.
+
+    A run that this very job has begun before its processes were started again is gone on with, resume or not.
+    """
     writes = ENGINES[config.engine.name].group_kind.rank_here() == 0
     console = console or Console(stderr=True, quiet=not writes)
     folder = RunFolder(Path(config.output).expanduser())
+    job = find_place().job
+    resume = resume or folder.was_begun_by(job)
     if resume:
         config = _same_as_before(folder, config)
     elif writes:
-        folder.check_free()
+        folder.check_free(job)
     check(config)
     with reading(console) as watch:
         run = build(config, watch)
@@ -108,8 +114,8 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console) -> Result
     saved = _restore(run, folder, console) if resume else 0
     facts = describe(run)
     header(console, f"tunesmith → {folder.path}", facts)
-    folder.claim(run.config)
     folder.write_manifest(manifest(run, facts))
+    folder.claim(run.config)
 
     config, learner = run.config, run.learner
     start = _keep_log(run, folder, saved)
