@@ -195,7 +195,8 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a wait for another rank that takes longer is no news
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
-    if LAUNCHED in os.environ and os.environ.get("RANK") != "0":  # rank 0 gives the same warnings
+    is_launched = LAUNCHED in os.environ and "RANK" in os.environ  # of which the launcher itself has the first alone
+    if is_launched and os.environ["RANK"] != "0":  # rank 0 gives the same warnings
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     try:
@@ -204,13 +205,13 @@ def main() -> None:
         from tunesmith.launch import exit_code, report
 
         report(error)
-        if LAUNCHED not in os.environ:
+        if not is_launched:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(exit_code(error))
     except Exception as error:
         from tunesmith.launch import report
 
         report(error)
-        if LAUNCHED not in os.environ:
+        if not is_launched:
             raise
         sys.exit(1)
