@@ -158,6 +158,18 @@ class SingleConfig(Section):
     """torch.compile each transformer block. Pays on long runs; the first steps wait for the compiler."""
 
 
+class AutoConfig(Section):
+    """One device where one process runs. Several processes: fsdp, or replicas for method zeroth."""
+
+    name: Literal["auto"] = "auto"
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps …; auto takes the accelerator that torch finds, of several the one for this process."""
+    activation_checkpointing: bool = False
+    """As of engine single."""
+    compile: bool = False
+    """As of engine single."""
+
+
 class ReplicasConfig(Section):
     """The whole model on each of several ranks, which tell each other a few numbers a step; for method zeroth. Each rank is a
     process that is started for itself, or by torchrun."""
@@ -171,6 +183,31 @@ class ReplicasConfig(Section):
     """A rank that is so much later than rank 0 is dropped, and the others go on."""
     check_every: Count = 100
     """Every n steps the ranks compare a hash of the weights; a difference stops them. 0: never."""
+
+
+class FsdpConfig(Section):
+    """The model over several devices (FSDP2), each with a part of weights, gradients, optimizer state and batch."""
+
+    name: Literal["fsdp"] = "fsdp"
+    device: str = "auto"
+    """cpu, cuda, mps …; auto takes the accelerator that torch finds, of several the one for this rank."""
+    activation_checkpointing: bool = False
+    """As of engine single."""
+    compile: bool = False
+    """As of engine single."""
+    replicate: PositiveInt = 1
+    """Copies of the sharded model, each over world / replicate ranks (hybrid sharding): weights are gathered among the ranks of
+    a copy alone, such as those of a machine. As many as there are ranks: every rank holds the whole model."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks over which the inside of each layer is cut."""
+    context_parallel: PositiveInt = 1
+    """Ranks over which each sequence is cut."""
+    reshard_after_forward: bool = True
+    """Let go of a block's weights between its forward and its backward pass. false: faster by a gathering, and larger."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the host's memory, and update there."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Ranks that wait for another one for so long give up."""
 
 
 class TrainConfig(Section):
@@ -237,7 +274,7 @@ Optimizer = Annotated[
 Schedule = Annotated[
     ConstantConfig | LinearConfig | CosineConfig | WsdConfig, Field(discriminator="name"), _named("cosine")
 ]
-Engine = Annotated[SingleConfig | ReplicasConfig, Field(discriminator="name"), _named("single")]
+Engine = Annotated[AutoConfig | SingleConfig | ReplicasConfig | FsdpConfig, Field(discriminator="name"), _named("auto")]
 
 
 class RunConfig(Section):
@@ -255,7 +292,7 @@ class RunConfig(Section):
     """How a gradient becomes an update."""
     schedule: Schedule = CosineConfig()
     """The learning rate over the steps."""
-    engine: Engine = SingleConfig()
+    engine: Engine = AutoConfig()
     """Where it runs."""
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

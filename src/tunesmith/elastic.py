@@ -36,7 +36,7 @@ from tunesmith.errors import UserError
 from tunesmith.interrupt import REPEAT_S
 from tunesmith.launch import AGAIN, MENDABLE, STOPPED
 
-GRACE_S = 3.0
+GRACE_S = 10.0
 """What ranks have to say why they end, after one of them has ended with an error."""
 END_S = 60.0
 """How long a host whose ranks are done waits for the others. Python hears of no signal meanwhile."""
@@ -173,6 +173,8 @@ class Agent(LocalElasticAgent):
         self.ends: dict[int, int] = {}
         """Exit codes of ranks that have ended by themselves, by rank."""
         self.has_told = False
+        self.trace = ""
+        """What was told last of where a rank failed: once is enough."""
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Pass it on to the ranks, which save and end. A second one ends them at once, and so does one while there are none."""
@@ -237,7 +239,12 @@ class Agent(LocalElasticAgent):
                 else "the run has stopped; go on with it with --resume"
                 + (f" (after {most} restarts, see --max-restarts)" if most else "")
             )
-            self.tell(f"{'warning' if self._remaining_restarts else 'error'}: rank {rank} {_what(failure)}; {then}")
+            trace = _trace(failure)
+            self.tell(
+                f"{'warning' if self._remaining_restarts else 'error'}: rank {rank} {_what(failure)}; {then}"
+                + (f"\n{trace}" if trace != self.trace else "")
+            )
+            self.trace = trace
         self.has_told = True
 
     def exit_code(self, result: RunResult | None) -> int:
@@ -278,8 +285,14 @@ def _what(failure: ProcessFailure) -> str:
             " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
         )
     message = failure.error_file_data.get("message")
-    if failure.exitcode == AGAIN:
-        return f"ended: {_message(failure)}"
     if not isinstance(message, dict):
         return f"ended with exit code {failure.exitcode}"
-    return f"failed: {message['message']}\n{message['extraInfo']['py_callstack'].rstrip()}\n"
+    return f"ended: {_message(failure)}" if failure.exitcode == AGAIN else f"failed: {message['message']}"
+
+
+def _trace(failure: ProcessFailure) -> str:
+    """Where in the code a rank failed that was not meant to; empty if nothing is known of it."""
+    message = failure.error_file_data.get("message")
+    if not isinstance(message, dict) or failure.exitcode == AGAIN:
+        return ""
+    return message["extraInfo"]["py_callstack"].rstrip()

@@ -25,6 +25,7 @@ from tunesmith.data.pack import batch_of
 from tunesmith.data.prepare import file_content
 from tunesmith.display import short_bytes
 from tunesmith.engines import SingleEngine, build_engine
+from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner, logprobs_of
 from tunesmith.models.load import load_config, load_model, load_tokenizer, model_source
@@ -187,7 +188,7 @@ def _reference(
             scorer.append(_load_reference(config, learner) if other else Policy(learner))
         return {"logprobs": scorer[0].logprobs(batch)[batch.weights_BT != 0].float()}
 
-    store = stored_scores(facts, batches, logprobs, "the reference", watch)
+    store = stored_scores(facts, batches, logprobs, "the reference", watch, learner.engine.group)
     held = checkpoint_bytes(model) if other else learner.method.start_bytes()
     what = f"{other} of" if other else "a frozen copy of"
     return StoredReference(store, f"{what} {short_bytes(held)}" if held else "a forward pass a step")
@@ -232,16 +233,18 @@ def stored_scores(
     score: Callable[[Batch], dict[str, Tensor]],
     what: str,
     watch: Watch,
+    group: Group,
     folder: Path | None = None,
 ) -> ScoreStore:
-    """Numbers about every target of the batches, from the folder (default: the cache, keyed by `facts`), or made now.
+    """Numbers about every target of the batches, from the folder (default: the cache, keyed by `facts`), or made now, by all
+    ranks of the group together.
 
     score: batch → name → [targets, …], row by row.
     """
     if folder is None:
         key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
         folder = cache_folder() / "scores" / key
-    if folder.exists():
+    if not group.agree(not folder.exists()):
         return ScoreStore.open(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from tunesmith.cli import LAUNCHED
-from tunesmith.engines.place import JOB, Place, find_place, is_slurm_step, step_variables
+from tunesmith.engines.place import JOB, Place, is_slurm_step, place, step_variables
 from tunesmith.errors import PeerError, UserError
 
 if TYPE_CHECKING:
@@ -37,23 +37,18 @@ class Launch:
 
     def processes(self, config: RunConfig) -> int:
         """Ranks to start here: 0 if this process is to train itself, alone or as one of a job. Raises UserError."""
-        place, alone = find_place(), config.engine.name == "single"
+        here, alone = place(), config.engine.name == "single"
         usual = Launch()
         asked = [
             f"--{name}" for name in ("nproc", "nodes", "rendezvous") if getattr(self, name) != getattr(usual, name)
         ]
-        if is_slurm_step(os.environ) and step_variables(os.environ) and (asked or alone):
-            place = Place()  # srun starts a launcher on each host, or runs that know nothing of each other
-        if place.world > 1 or "RANK" in os.environ:
+        if is_slurm_step(os.environ) and step_variables(os.environ) and asked:
+            here = Place()  # srun starts a launcher on each host
+        if here.world > 1 or "RANK" in os.environ:
             if asked:
                 raise UserError(
-                    f"{', '.join(asked)}: this process is rank {place.rank} of {place.world} already (RANK, WORLD_SIZE); "
+                    f"{', '.join(asked)}: this process is rank {here.rank} of {here.world} already (RANK, WORLD_SIZE); "
                     "leave it out, or unset these"
-                )
-            if alone and place.world > 1:
-                raise UserError(
-                    f"engine: single is one process, but {place.world} were started; take an engine of "
-                    "several (see docs/engines.md)"
                 )
             return 0
         number = self._number(alone)
@@ -64,8 +59,7 @@ class Launch:
             )
         if alone and number * self.nodes > 1:
             raise UserError(
-                f"engine: single is one process, but {number * self.nodes} are asked for; take an engine of several (see "
-                "docs/engines.md)"
+                f"engine: single is one process, but {number * self.nodes} are asked for; set engine to auto"
             )
         return number if number * self.nodes > 1 else 0
 

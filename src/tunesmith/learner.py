@@ -36,8 +36,9 @@ class Learner:
         self.model.train()
 
     def step(self, objective: Objective, batch: Batch, lr: float) -> Metrics:
-        """One update on one prepared batch."""
-        count = self.engine.sum(objective.count(batch)).clamp(min=1)
+        """One update on one prepared batch, which is whole on all ranks; what of it goes through the model here is the method's
+        and the engine's business."""
+        count = objective.count(batch).clamp(min=1)
 
         def loss_fn(micro_batch: Batch, probes: Sequence[Probe] = ()) -> tuple[Tensor, Metrics]:
             micro_batch = micro_batch.to(self.engine.device)
@@ -50,8 +51,7 @@ class Learner:
         metrics = quotients(self.method.step(loss_fn, self.method.micro_batches(batch, self.micro_batch_tokens), lr))
         metrics |= objective.derived(metrics)
         objective.update(metrics)
-        tokens = {"target_tokens": (batch.weights_BT != 0).sum(), "tokens": batch.num_tokens()}
-        return metrics | {name: self.engine.sum(number) for name, number in tokens.items()}
+        return metrics | {"target_tokens": (batch.weights_BT != 0).sum(), "tokens": batch.num_tokens()}
 
     def _losses(
         self, objective: Objective, micro_batch: Batch, probes: Sequence[Probe], count: Tensor
@@ -76,7 +76,7 @@ class Learner:
         sums: Metrics = {}
         for name, value in ((name, value) for part in found.values() for name, value in part.items()):
             sums[name] = sums.get(name, 0.0) + torch.tensor(value, dtype=torch.float64)
-        metrics = quotients({name: self.engine.sum(value) for name, value in sums.items()})
+        metrics = quotients(self.engine.sums(sums))
         return metrics | objective.derived(metrics)
 
     def _sums(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:
@@ -84,8 +84,8 @@ class Learner:
         self.model.eval()
         sums: Metrics = {}
         for batch in batches:
-            for ready in objective.prepare(self.engine.shard(batch), helpers):
-                for micro_batch in ready.split(self.micro_batch_tokens):
+            for ready in objective.prepare(batch, helpers):
+                for micro_batch in self.engine.micro_batches(ready, self.micro_batch_tokens):
                     micro_batch = micro_batch.to(self.engine.device)
                     scores = self.method.score(micro_batch, objective.wanted)
                     loss, metrics = objective.loss(scores, micro_batch)
@@ -110,10 +110,15 @@ class Learner:
 
 
 def logprobs_of(model: Any, engine: SingleEngine, batch: Batch, micro_batch_tokens: int) -> Tensor:
-    """Log-probabilities of a whole batch's targets, micro-batch by micro-batch, [B, T] on the CPU."""
-    pieces = [engine.score(model, part.to(engine.device)).logprobs_BT for part in batch.split(micro_batch_tokens)]
+    """Log-probabilities of a whole batch's targets, micro-batch by micro-batch, [B, T] on the CPU. Ranks share the rows out."""
+    parts = engine.micro_batches(batch, micro_batch_tokens)
+    pieces = [engine.score(model, part.to(engine.device)).logprobs_BT for part in parts]
     width = batch.tokens_BT.shape[1]
-    return torch.cat([torch.nn.functional.pad(piece, (0, width - piece.shape[1])).cpu() for piece in pieces])
+    found = torch.cat([torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces])
+    rows = engine.rows(batch)
+    logprobs_BT = found.new_zeros(batch.tokens_BT.shape)
+    logprobs_BT[rows] = found[: rows.stop - rows.start]  # behind them is what other ranks had in excess
+    return engine.sum(logprobs_BT).cpu()
 
 
 def quotients(metrics: Mapping[str, Tensor]) -> Metrics:

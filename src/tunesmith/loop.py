@@ -33,7 +33,7 @@ def train(
     """
     step = start
     while step < steps and not stop():
-        batch = learner.engine.shard(data(step))
+        batch = data(step)
         learner.engine.seed(seed, step)
         for ready in objective.prepare(batch, helpers):
             try:

@@ -16,7 +16,7 @@ from tunesmith.config import RunConfig
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.samples import Counts
 from tunesmith.display import short_bytes, short_number
-from tunesmith.engines.place import find_place
+from tunesmith.engines.place import place
 from tunesmith.models.load import model_source
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def manifest(run: Run, facts: list[tuple[str, str]]) -> dict[str, Any]:
     return {
         "versions": versions(),
         "hardware": hardware(run.learner.engine.device),
-        "job": find_place().job,
+        "job": place().job,
         "seed": run.config.seed,
         "steps": run.steps,
         "base_model": model_source(run.config.model),

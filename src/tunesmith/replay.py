@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
+from tunesmith.config import SingleConfig
 from tunesmith.engines import build_engine
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
@@ -61,7 +62,7 @@ def replay(
     model = load_model(config.model, model_dtype(config.model.precision), objective.head, objective.num_labels)
     config = config.model_copy(update={"method": settings})
     method = build_method(config, Extent(steps=0, seed=header["seed"]))
-    learner = Learner(model, build_engine(config.engine, config.model.precision), method, 1)
+    learner = Learner(model, build_engine(SingleConfig(device=config.engine.device), config.model.precision), method, 1)
     zeroth = learner.method
     assert isinstance(zeroth, Zeroth), "the configuration says so"
     if other := differing(zeroth.identity(), header):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tunesmith.config import RunConfig
+from tunesmith.config import Engine, RunConfig
 from tunesmith.config_file import differing_keys, settings_of
 from tunesmith.data.dataset import Dataset, EvaluationBatches, evaluation_batches
 from tunesmith.data.media import Processor
@@ -21,10 +21,9 @@ from tunesmith.data.prepare import Watch, unwatched
 from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
-from tunesmith.engines import ENGINES, build_engine
+from tunesmith.engines import ENGINES, build_engine, with_engine
 from tunesmith.engines.checkpoint import load_newest
-from tunesmith.engines.place import find_place
-from tunesmith.engines.single import find_device, find_precision
+from tunesmith.engines.place import place
 from tunesmith.errors import UserError
 from tunesmith.helpers import build_helpers
 from tunesmith.hooks import Checkpoint, Evaluate, Hook, Log, Ranks
@@ -93,10 +92,11 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
 
     A run that this very job has begun before its processes were started again is gone on with, resume or not.
     """
+    config, asked = with_engine(config), config.engine
     writes = ENGINES[config.engine.name].group_kind.rank_here() == 0
     console = console or Console(stderr=True, quiet=not writes)
     folder = RunFolder(Path(config.output).expanduser())
-    job = find_place().job
+    job = place().job
     resume = resume or folder.was_begun_by(job)
     if resume:
         config = _same_as_before(folder, config)
@@ -106,16 +106,17 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     with reading(console) as watch:
         run = build(config, watch)
     with run.learner.engine.group.joined(_what_ranks_share(run)):
-        return _lead(run, folder, resume, console) if writes else _follow(run, folder)
+        return _lead(run, folder, resume, console, asked) if writes else _follow(run, folder, resume, console)
 
 
-def _lead(run: Run, folder: RunFolder, resume: bool, console: Console) -> Result:
-    """The run on the only rank, or on that which writes its folder."""
+def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: Engine) -> Result:
+    """The run on the only rank, or on that which writes its folder. engine: as it was asked for, since a run may go on with
+    another number of ranks."""
     saved = _restore(run, folder, console) if resume else 0
     facts = describe(run)
     header(console, f"tunesmith → {folder.path}", facts)
     folder.write_manifest(manifest(run, facts))
-    folder.claim(run.config)
+    folder.claim(run.config.model_copy(update={"engine": engine}))
 
     config, learner = run.config, run.learner
     start = _keep_log(run, folder, saved)
@@ -144,19 +145,24 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console) -> Result
     return Result(folder.path, step, step == run.steps, evaluate.losses)
 
 
-def _follow(run: Run, folder: RunFolder) -> Result:
-    """The run on another rank, which starts with what rank 0 has and leaves the writing to it."""
-    begun: list[int] = []
-    run.learner.engine.group.hand_over(lambda: b"", lambda state: begun.append(_unpack(run, state)))
-    (start,) = begun
-    evaluate = _evaluation(run, None)
+def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Result:
+    """The run on another rank, which leaves the writing to rank 0. It starts with what that has, or with its own part of it."""
+    config, learner, group = run.config, run.learner, run.learner.engine.group
+    begun = [_restore(run, folder, console) if resume and group.reads_checkpoints else 0]
+    group.hand_over(lambda: b"", lambda state: begun.append(_unpack(run, state)))
+    evaluate, start = _evaluation(run, None), begun[-1]
+    checkpoint = Checkpoint(folder, None, config.checkpoint, run.objective, saved=start)
     with StopRequest() as stop:
         try:
-            step = _steps(run, start, evaluate, [evaluate], stop)
+            step = _steps(run, start, evaluate, [evaluate, *[checkpoint] * group.reads_checkpoints], stop)
         except NonFiniteError as error:
             raise UserError(f"step {error.step + 1}: {error}; rank 0 tells where") from error
+        if group.reads_checkpoints:
+            checkpoint.save(step, learner)
         if step == run.steps:
-            evaluate.measure(step, run.learner)
+            evaluate.measure(step, learner)
+            if group.reads_checkpoints:
+                learner.method.save(None)
     return Result(folder.path, step, step == run.steps, evaluate.losses)
 
 
@@ -234,21 +240,22 @@ def _with(config: RunConfig, section: str, **settings: Any) -> RunConfig:
 
 def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
-    device = find_device(config.engine.device)
+    config = with_engine(config)
     needs_fp32 = METHODS[config.method.name].needs_fp32_weights(config.method)
-    precision = find_precision(config.model.precision, device, needs_fp32)
-    config = _with(config, "model", precision=precision)
-    data = open_data(config, watch)
+    engine = build_engine(config.engine, config.model.precision, needs_fp32)
+    config = _with(config, "model", precision=engine.precision)
+    with engine.group.one_first():
+        data = open_data(config, watch)
     config, samples, held_out, tokenizer = data.config, data.samples, data.held_out, data.renderer.tokenizer
     if data.renderer.template_is_ours and not samples.counts.conversations:
         tokenizer.chat_template = None  # the model will not know it
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     objective = build_objective(config.objective)
-    model = load_model(config.model, model_dtype(precision), objective.head, objective.num_labels)
+    model = load_model(config.model, model_dtype(engine.precision), objective.head, objective.num_labels)
     _check_fits(config, model, objective, samples, held_out)
     only_scores = "autograd" not in METHODS[config.method.name].requires
-    pack = config.data.pack if config.data.pack is not None else device.type != "cpu" or only_scores
+    pack = config.data.pack if config.data.pack is not None else engine.device.type != "cpu" or only_scores
     pack = pack and data.can_pack and isolates_sequences(model)
     share = (
         config.data.share_prompt
@@ -265,7 +272,7 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     generate = objective.wanted.generate
     behind = generate.max_new_tokens if generate else 1
     extent = Extent(data.steps, rows, tokens, accumulates, config.seed, longest + behind)
-    engine, method = build_engine(config.engine, precision), build_method(config, extent)
+    method = build_method(config, extent)
     learner = Learner(model, engine, method, config.train.micro_batch_tokens)
     config = _with(config, "method", **method.resolved())
     batches = replace(data.batches, pack=pack, share=share)

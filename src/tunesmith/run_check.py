@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.data.prepare import eval_sources, training_sources
-from tunesmith.engines import ENGINES
+from tunesmith.engines import ENGINES, with_engine
 from tunesmith.errors import UserError
 from tunesmith.methods import METHODS
 from tunesmith.models.load import model_source
@@ -18,6 +18,7 @@ from tunesmith.scorers import SCORERS, Scorer
 
 def check(config: RunConfig) -> None:
     """All that can be known without loading weights. Raises UserError."""
+    config = with_engine(config)
     objective, method, engine = (
         build_objective(config.objective),
         METHODS[config.method.name],
@@ -55,6 +56,7 @@ def check(config: RunConfig) -> None:
     training_sources(config.data)
     eval_sources(config.data)
     model_source(config.model)
+    engine.check(config)
     for setting in ("reference_model", "teacher"):
         path = getattr(config.objective, setting, None)
         if path and not (setting == "teacher" and _scores_are_there(config)):

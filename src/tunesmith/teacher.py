@@ -57,9 +57,16 @@ class Teacher:
         self._check_fits(batch, read)
         parts = [
             self._kept(self.engine.hidden(self.model, part.to(self.engine.device)))
-            for part in read.split(self.micro_batch_tokens)
+            for part in self.engine.micro_batches(read, self.micro_batch_tokens)
         ]
-        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        rows = self.engine.rows(read)
+        here = slice(*(int((read.weights_BT[:row] != 0).sum()) for row in (rows.start, rows.stop)))
+        found = {}
+        for name in parts[0]:  # ranks share the rows out
+            own = torch.cat([part[name] for part in parts])
+            found[name] = own.new_zeros(len(asked_M), *own.shape[1:])
+            found[name][here] = own
+            found[name] = self.engine.sum(found[name])
         if self.alignment:
             found["aligned"] = torch.ones(len(asked_M), dtype=torch.bool)
         columns = {}
@@ -178,7 +185,7 @@ def open_teacher(
             teacher.append(load_teacher(config, learner))
         return {name: column[batch.weights_BT != 0] for name, column in teacher[0].columns(batch).items()}
 
-    store = stored_scores(facts, batches, likeliest, "the teacher", watch, folder)
+    store = stored_scores(facts, batches, likeliest, "the teacher", watch, learner.engine.group, folder)
     teacher.clear()
     gc.collect()
     if learner.engine.device.type == "cuda":
@@ -202,6 +209,7 @@ def load_teacher(config: RunConfig, learner: Learner) -> Teacher:
     engine = build_engine(
         config.engine.model_copy(update={"activation_checkpointing": False}), learner.engine.precision
     )
+    isolates = isolates_sequences(model)
     model = engine.place(model).requires_grad_(False)
     if engine.head.linear is None:
         raise UserError(
@@ -216,7 +224,7 @@ def load_teacher(config: RunConfig, learner: Learner) -> Teacher:
         own_vocabulary=min(_count(theirs.get_vocab()), sizes[1]) if told_apart else common,
         top_k=section.top_k,
         alignment=Alignment(ours, theirs) if told_apart else None,
-        isolates=isolates_sequences(model),
+        isolates=isolates,
     )  # fmt: skip
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PADDING_TOKENS = 8
+"""Of a micro-batch that holds nothing: few, and enough for what convolves along a row."""
+
 Form = Literal["answers", "text", "pairs", "feedback", "choices", "steps"]
 """What a sample is: a sequence of which answers are learnt, or all; a preference pair, the chosen sequence first; an answer
 marked as desirable or not; a question with one answer of several; a solution whose steps are marked as right or wrong."""
@@ -264,11 +267,31 @@ class Batch:
     def parts(self, number: int) -> list[Batch]:
         """Cut into at most so many parts of about as many tokens, at row borders that part no group; fewer where there are not
         as many groups."""
+        return [self.rows(start, stop) for start, stop in pairwise(self.part_borders(number))]
+
+    def part_borders(self, number: int) -> list[int]:
+        """The rows at which `parts` cuts; 0 and the number of rows are the first and the last of them."""
         tokens = [0, *accumulate(self.row_ends())]
         cuts = self._borders()
         goals = [tokens[-1] * n / number for n in range(1, number)]
         chosen = {min((abs(tokens[cut] - goal), cut) for cut in cuts)[1] for goal in goals} | {cuts[-1]}
-        return [self.rows(start, stop) for start, stop in pairwise([0, *sorted(chosen)])]
+        return [0, *sorted(chosen)]
+
+    def nothing(self) -> Batch:
+        """A micro-batch without any of the sequences, a row of padding: for a rank that must run the model beside others."""
+        import torch  # configurations are read, and this module with them, without it
+
+        row = self.rows(0, 1)
+        used = slice(0, 1), slice(0, PADDING_TOKENS)
+        return replace(
+            row,
+            media_N=tuple({} for _ in row.media_N),
+            tokens_BT=row.tokens_BT[used],
+            positions_BT=torch.arange(row.tokens_BT[used].shape[1])[None],
+            sequence_BT=torch.full_like(row.sequence_BT[used], -1),
+            weights_BT=torch.zeros_like(row.weights_BT[used]),
+            token_columns={name: column[used] for name, column in row.token_columns.items()},
+        )
 
     def _borders(self) -> list[int]:
         """Rows at which the batch may be cut, its end included."""

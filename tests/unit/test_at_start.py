@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.families import make_model
-from tunesmith.config import RunConfig
+from tunesmith.config import RunConfig, SingleConfig
 from tunesmith.config_file import config_from_dict
 from tunesmith.engines import build_engine
 from tunesmith.methods import Method, build_method
@@ -52,9 +52,7 @@ def _config(method: dict[str, Any]) -> RunConfig:
 def _bound(method_config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Method]:
     """(model, engine, method), ready for a step."""
     config = _config(method_config)
-    engine = build_engine(
-        config.engine.model_copy(update={"device": "cpu"}), "fp32" if dtype == torch.float32 else "bf16"
-    )
+    engine = build_engine(SingleConfig(device="cpu"), "fp32" if dtype == torch.float32 else "bf16")
     model, method = make_model("llama", dtype), build_method(config)
     method.adapt(model)
     model = engine.place(model)
@@ -82,7 +80,7 @@ def _train(model: Any, engine: Any, method: Method, batch: Batch, steps: int = 3
 def test_an_adapter_is_switched_off_and_no_copy_kept(name: str, dtype: torch.dtype) -> None:
     batch = _batch()
     precision = "fp32" if dtype == torch.float32 else "bf16"
-    engine = build_engine(_config({}).engine.model_copy(update={"device": "cpu"}), precision)
+    engine = build_engine(SingleConfig(device="cpu"), precision)
     base = _logprobs(engine.place(make_model("llama", dtype)), engine, batch)
     _check_goes_back(SWITCHED_OFF[name], dtype, base, copied=False)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.families import FAMILIES, make_model
-from tunesmith.config import ModelConfig, RunConfig
+from tunesmith.config import ModelConfig, RunConfig, SingleConfig
 from tunesmith.config_file import config_from_dict
 from tunesmith.engines import build_engine
 from tunesmith.errors import UserError
@@ -72,7 +72,7 @@ def _padded(pad: int) -> Batch:
 def _adapted(model: Any, method_config: dict[str, Any], precision: str = "fp32") -> tuple[Any, Any, Method]:
     """(model, engine, method), ready for a step."""
     config = config_from_dict({"model": "demo", "data": "demo", "output": "unused", "method": method_config})
-    engine = build_engine(config.engine.model_copy(update={"device": "cpu"}), precision)
+    engine = build_engine(SingleConfig(device="cpu"), precision)
     method = build_method(config)
     method.adapt(model)
     model = engine.place(model)

@@ -4,15 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.config import FsdpConfig, ReplicasConfig, RunConfig, SingleConfig
+from tunesmith.engines.fsdp import FsdpEngine
+from tunesmith.engines.place import place
 from tunesmith.engines.replicas import ReplicasEngine
 from tunesmith.engines.single import SingleEngine
+from tunesmith.errors import UserError
 
-ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "replicas": ReplicasEngine}
-
-
-def build_engine(config: Any, precision: str) -> SingleEngine:
-    """The engine that a config section names. `precision` is resolved: fp32, bf16 or mixed."""
-    return ENGINES[config.name](config, precision)
+ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "replicas": ReplicasEngine, "fsdp": FsdpEngine}
 
 
-__all__ = ["ENGINES", "build_engine"]
+def with_engine(config: RunConfig) -> RunConfig:
+    """The configuration with an engine in place of auto. Raises UserError for several processes that know nothing of each
+    other."""
+    engine, world = config.engine, place().world
+    if engine.name == "single" and world > 1:
+        raise UserError(
+            f"engine: single runs on one device, but {world} processes were started, which would all do the same work; set "
+            "engine to auto, or start one"
+        )
+    if engine.name != "auto":
+        return config
+    shared: dict[str, Any] = {
+        "device": engine.device,
+        "activation_checkpointing": engine.activation_checkpointing,
+        "compile": engine.compile,
+    }
+    chosen: Any = SingleConfig(**shared) if world == 1 else FsdpConfig(**shared)
+    if world > 1 and config.method.name == "zeroth":
+        chosen = ReplicasConfig(device=engine.device)
+    return config.model_copy(update={"engine": chosen})
+
+
+def build_engine(config: Any, precision: str, needs_fp32_weights: bool = False) -> SingleEngine:
+    """The engine that a config section names. precision: fp32, bf16, mixed or auto (`find_precision`)."""
+    return ENGINES[config.name](config, precision, needs_fp32_weights)
+
+
+__all__ = ["ENGINES", "SingleEngine", "build_engine", "with_engine"]

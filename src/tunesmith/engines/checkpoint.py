@@ -20,31 +20,68 @@ STATE, SEAL = "state.pt", "checkpoint.json"
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `folder/step-N` and remove all but the newest `keep`. Raises UserError, with nothing lost, if it cannot."""
-    aside, final = folder / f".writing-{step}", folder / f"step-{step}"
+    final = folder / f"step-{step}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):  # of a process that was killed
-            shutil.rmtree(left_over, ignore_errors=True)
-        aside.mkdir()
+        aside = _begin(folder, step)
         with (aside / STATE).open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        seal = {"step": step, "bytes": (aside / STATE).stat().st_size, "sha256": _sha256(aside / STATE)}
-        _write_and_flush(aside / SEAL, json.dumps(seal) + "\n")
-        _remove(final)
-        aside.rename(final)
-        _flush_folder(folder)
+        _finish(aside, final, step)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        shutil.rmtree(aside, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free
-        raise UserError(
-            f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]} ({free / 2**20:.0f} MiB free on that "
-            "disk); the checkpoints before it are intact: make room, then go on with --resume"
-        ) from error
-    for old in checkpoints(folder)[:-keep]:
-        _remove(old)
+        shutil.rmtree(folder / f".writing-{step}", ignore_errors=True)
+        raise _not_written(final, error) from error
+    _keep(folder, keep)
     return final
+
+
+def save_parts(folder: Path, step: int, state: dict[str, Any], keep: int, rank: int) -> Path:
+    """The same where each rank holds a part of the state, and writes it; all of them must call this."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    final = folder / f"step-{step}"
+    if rank == 0:
+        _begin(folder, step)
+    dist.barrier()
+    dcp.save(state, checkpoint_id=folder / f".writing-{step}")
+    if rank == 0:
+        _finish(folder / f".writing-{step}", final, step)
+        _keep(folder, keep)
+    dist.barrier()
+    return final
+
+
+def _begin(folder: Path, step: int) -> Path:
+    """An empty folder beside the checkpoints."""
+    aside = folder / f".writing-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):  # of a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    aside.mkdir()
+    return aside
+
+
+def _finish(aside: Path, final: Path, step: int) -> None:
+    """Seal what has been written, and put it in place."""
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(aside.iterdir())}
+    _write_and_flush(aside / SEAL, json.dumps({"step": step, "files": files}) + "\n")
+    _remove(final)
+    aside.rename(final)
+    _flush_folder(final.parent)
+
+
+def _not_written(final: Path, error: Exception) -> UserError:
+    free = shutil.disk_usage(next(path for path in final.parents if path.exists())).free
+    return UserError(
+        f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]} ({free / 2**20:.0f} MiB free on that "
+        "disk); the checkpoints before it are intact: make room, then go on with --resume"
+    )
+
+
+def _keep(folder: Path, number: int) -> None:
+    for old in checkpoints(folder)[:-number]:
+        _remove(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -64,7 +101,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> tuple[int, dict[st
         if problem is None:
             for spoilt in damaged:  # else it would count among the newest that are kept
                 _remove(spoilt)
-            return step, torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
+            return step, _read(path)
         damaged.append(path)
         warn(f"{path}: damaged ({problem}); falling back to the checkpoint before it")
     if damaged:
@@ -72,20 +109,36 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> tuple[int, dict[st
     return None
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The state in whole tensors, whoever wrote it."""
+    if (path / STATE).is_file():
+        return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return state
+
+
 def _check(path: Path) -> tuple[str | None, int]:
     try:
         seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        expected = seal["bytes"], seal["sha256"], int(seal["step"])
+        files = seal.get("files") or {STATE: {"bytes": seal["bytes"], "sha256": seal["sha256"]}}
+        step = int(seal["step"])
+        expected = {name: (of_file["bytes"], of_file["sha256"]) for name, of_file in files.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return f"{SEAL} is missing or unreadable", -1
-    if not (path / STATE).is_file():
-        return f"{STATE} is missing", -1
-    size = (path / STATE).stat().st_size
-    if size != expected[0]:
-        return f"{STATE} has {size} bytes instead of {expected[0]}", -1
-    if _sha256(path / STATE) != expected[1]:
-        return f"the hash of {STATE} is wrong", -1
-    return None, expected[2]
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing", -1
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}", -1
+        if _sha256(file) != digest:
+            return f"the hash of {name} is wrong", -1
+    return None, step
 
 
 def _sha256(file: Path) -> str:

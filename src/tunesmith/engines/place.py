@@ -32,7 +32,7 @@ class Place:
     """The same for all processes of a job and for all its restarts, and for no other job; empty where nothing tells."""
 
 
-def find_place(environment: Mapping[str, str] = os.environ) -> Place:
+def place(environment: Mapping[str, str] = os.environ) -> Place:
     """What the environment says of this process. Raises UserError where it says half of it."""
     environment = {**step_variables(environment), **environment}
     job = find_job(environment)
@@ -41,15 +41,15 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
         return Place(job=job)
     if missing := [name for name in VARIABLES if name not in given]:
         raise UserError(
-            f"{', '.join(given)} is set, but {', '.join(missing)} is not; start with torchrun, or set all of "
+            f"engine: {', '.join(given)} is set, but {', '.join(missing)} is not; start with torchrun, or set all of "
             f"{', '.join(VARIABLES)}, or none"
         )
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"):
         if not environment.get(name, "0").isdecimal():
-            raise UserError(f"{name} is {environment[name]!r}; set it to a number")
+            raise UserError(f"engine: {name} is {environment[name]!r}; set it to a number")
     rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
     if rank >= world:
-        raise UserError(f"RANK is {rank}, but WORLD_SIZE {world}; ranks count from 0")
+        raise UserError(f"engine: RANK is {rank}, but WORLD_SIZE {world}; ranks count from 0")
     each = environment.get("PET_NPROC_PER_NODE", "1")
     if "LOCAL_RANK" not in environment and each.isdecimal() and int(each) > 1:
         raise UserError(

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from tunesmith.engines.group import Group
-from tunesmith.engines.place import find_place
+from tunesmith.engines.group import Group, check_alike
+from tunesmith.engines.place import place
 from tunesmith.engines.single import SingleEngine
-from tunesmith.errors import PeerError, UserError
+from tunesmith.errors import PeerError
 
 START_S = 600.0
 """How long ranks wait for each other at the start, while some still read data."""
@@ -36,8 +36,8 @@ class Star(Group):
     """
 
     def __init__(self, timeout_s: float, check_every: int) -> None:
-        place = find_place()
-        self.rank, self.world = place.rank, place.world
+        here = place()
+        self.rank, self.world = here.rank, here.world
         self.ranks = (self.rank,)
         self.timeout_s, self.check_every = timeout_s, check_every
         self.store: Any = None
@@ -48,7 +48,7 @@ class Star(Group):
 
     @classmethod
     def rank_here(cls) -> int:
-        return find_place().rank
+        return place().rank
 
     @contextmanager
     def joined(self, facts: Mapping[str, Any]) -> Iterator[None]:
@@ -64,7 +64,7 @@ class Star(Group):
                     f"engine: replicas: of {self.world} ranks {missing} did not come within {START_S:g} s; "
                     "see what they say, and start all again"
                 )
-            _compare(answers)
+            check_alike(answers)
             yield
         except Exception as error:
             self._leave(" ".join(str(error).split()) or type(error).__name__)
@@ -202,12 +202,12 @@ class ReplicasEngine(SingleEngine):
     provides: ClassVar[frozenset[str]] = frozenset({"probes"})
     group_kind: ClassVar[type[Group]] = Star
 
-    def __init__(self, config: Any, precision: str) -> None:
-        super().__init__(config, precision)
+    def __init__(self, config: Any, precision: str, needs_fp32_weights: bool = False) -> None:
+        super().__init__(config, precision, needs_fp32_weights)
         self.group = Star(config.timeout_s, config.check_every)
         number = torch.accelerator.device_count() if config.device == "auto" else 0
         if number > 1:  # the ranks of a machine share its devices out
-            self.device = torch.device(self.device.type, find_place().local_rank % number)
+            self.device = torch.device(self.device.type, place().local_rank % number)
             torch.accelerator.set_device_index(self.device.index)
 
 
@@ -231,22 +231,3 @@ def _connect(rank: int, world: int) -> Any:
         return PrefixStore("tunesmith", store)
     attempt = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
     return PrefixStore(f"tunesmith/{attempt}", store)  # there lies still what an earlier attempt has left
-
-
-def _compare(facts: Mapping[int, Mapping[str, Any]]) -> None:
-    """Raises UserError, on all ranks the same, where some were started with something else than rank 0."""
-    first = facts[0]
-    names = dict.fromkeys(name for answer in facts.values() for name in answer)
-    lines = [
-        f"rank {rank}: {name} is {answer.get(name)}, on rank 0 {first.get(name)}"
-        for rank, answer in facts.items()
-        for name in names
-        if answer.get(name) != first.get(name)
-    ]
-    if lines:
-        raise UserError(
-            "the ranks were not started alike:\n  "
-            + "\n  ".join(lines)
-            + "\nstart all of them with the same configuration, "
-            "data and versions"
-        )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
+from tunesmith.config import RunConfig
+from tunesmith.engines.checkpoint import save_checkpoint
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.models.load import blocks
@@ -18,6 +21,8 @@ from tunesmith.models.score import hidden_of_targets, score
 from tunesmith.plan.activations import Activations, measure
 from tunesmith.types import Batch, Scores, Wanted
 
+Found = TypeVar("Found")
+
 
 class SingleEngine:
     """Everything on one device."""
@@ -25,17 +30,23 @@ class SingleEngine:
     provides: ClassVar[frozenset[str]] = frozenset({"autograd", "probes"})
     reads: ClassVar[frozenset[str]] = frozenset({"logits", "choices", "values", "router", "embeddings", "generated"})
     """Parts of Scores beyond log-probabilities that `score` can give."""
+    compiles_dynamic = True
+    """Whether compiled blocks take batches of all shapes; else each shape is compiled anew."""
     rank, world = 0, 1
     """Of those among whom tensors are summed."""
     group_kind: ClassVar[type[Group]] = Group
 
-    def __init__(self, config: Any, precision: str) -> None:
+    def __init__(self, config: Any, precision: str, needs_fp32_weights: bool = False) -> None:
         self.config = config
         self.group: Group = Group()
-        self.precision = precision
         self.device = find_device(config.device)
+        self.precision = find_precision(precision, self.device, needs_fp32_weights)
         if self.device.type == "cpu":
             keep_freed_memory()
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raises UserError for what this engine cannot run, before anything is loaded."""
 
     def place(self, model: Any) -> Any:
         """Move to the device, learn the head's rule, and apply checkpointing and compilation, in this order."""
@@ -46,7 +57,7 @@ class SingleEngine:
         self.checkpoint_blocks(model, self.config.activation_checkpointing)
         if self.config.compile:
             for _, block in blocks(model):
-                block.compile(dynamic=True)
+                block.compile(dynamic=self.compiles_dynamic)
         return model
 
     def _move(self, model: Any) -> None:
@@ -68,18 +79,20 @@ class SingleEngine:
 
     def activations(self, model: Any, rows: int, tokens: int) -> Activations:
         """What a micro-batch of so many rows and tokens takes in the model."""
-        with self._autocast():
-            return measure(model, self.head, rows, tokens)
+        return self._run(model, lambda: measure(model, self.head, rows, tokens))
 
     def score(self, model: Any, batch: Batch, wanted: Wanted | None = None) -> Scores:
         """Log-probabilities of the batch's targets, and what else is wanted."""
-        with self._autocast():
-            return score(model, self.head, batch, wanted)
+        return self._run(model, lambda: score(model, self.head, batch, wanted))
 
     def hidden(self, model: Any, batch: Batch) -> Tensor:
         """Hidden states from which the batch's targets are predicted, [N, D], row by row."""
+        return self._run(model, lambda: hidden_of_targets(model, self.head, batch))
+
+    def _run(self, model: Any, compute: Callable[[], Found]) -> Found:
+        """What `compute` says, which calls the model."""
         with self._autocast():
-            return hidden_of_targets(model, self.head, batch)
+            return compute()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision in ("mixed", "bf16"))
@@ -92,6 +105,10 @@ class SingleEngine:
         """Sum over ranks."""
         return x
 
+    def sums(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same of several small tensors by name, which all ranks have, in one exchange."""
+        return dict(numbers)
+
     def reduce(self, grads: Mapping[str, Tensor]) -> None:
         """Sum gradients over ranks, in place."""
 
@@ -99,9 +116,26 @@ class SingleEngine:
         """Euclidean norm of all gradients together, over ranks."""
         return torch.nn.utils.get_total_norm(list(grads.values())) if grads else torch.zeros((), device=self.device)
 
-    def shard(self, batch: Batch) -> Batch:
+    def rows(self, batch: Batch) -> slice:
         """This rank's part of a batch."""
-        return batch
+        return slice(0, len(batch.tokens_BT))
+
+    def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
+        """This rank's part of a batch in pieces of at most so many tokens. All ranks have as many of them: some, at the end,
+        may be empty."""
+        return batch.split(tokens)
+
+    def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+        """As `engines/checkpoint.py` says; where ranks hold parts of the state, all of them call this."""
+        save_checkpoint(folder, step, state, keep)
+
+    def let_go(self, model: Any) -> None:
+        """Forget what has been gathered of weights that other ranks hold, since they have changed."""
+
+    def gathered(self, model: Any) -> dict[str, Tensor] | None:
+        """The model's state in whole tensors on the CPU, on rank 0 alone, where ranks hold parts of it; else None. All ranks
+        must ask for it."""
+        return None
 
     def memory_bytes(self) -> int:
         """Peak of the accelerator's allocator; on the CPU what the process holds, which never falls (`keep_freed_memory`)."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
 from tunesmith.plan.activations import Activations
+from tunesmith.tensors import local_part, mesh_of, part_like
 from tunesmith.types import Batch, Memory, Scores, Wanted
 
 Metrics = dict[str, Tensor]
@@ -70,9 +71,13 @@ class EngineLike(Protocol):
     @property
     def group(self) -> GroupLike: ...
 
+    def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]: ...
     def sum(self, x: Tensor) -> Tensor: ...
+    def sums(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
     def reduce(self, grads: Mapping[str, Tensor]) -> None: ...
+    def let_go(self, model: Any) -> None: ...
+    def gathered(self, model: Any) -> dict[str, Tensor] | None: ...
     def economize(self) -> None: ...
     def held_bytes(self) -> int: ...
     def activations(self, model: Any, rows: int, tokens: int) -> Activations: ...
@@ -119,7 +124,7 @@ class Method:
 
     def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
         """What goes through the model here of a whole batch, in pieces that bring at most so many tokens into it."""
-        return batch.split(tokens)
+        return self.engine.micro_batches(batch, tokens)
 
     def lr_multiple(self, name: str) -> float:
         """Learning rate of a parameter over that of the schedule."""
@@ -143,7 +148,7 @@ class Method:
                 raise NonFiniteError(f"{what} is {float(metrics[what])}")
         if self.max_grad_norm is not None and grads:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(list(grads.values()), scale)
+            torch._foreach_mul_([local_part(grad) for grad in grads.values()], scale)
         self.update(lr)
         return metrics
 
@@ -174,7 +179,7 @@ class Method:
         for part in parts:
             for name, value in part.items():
                 metrics[name] = metrics.get(name, 0) + value
-        return {name: self.engine.sum(value) for name, value in metrics.items()}
+        return self.engine.sums(metrics)
 
     def keep_start(self) -> None:
         """Keep what `at_start` needs. Runs after `bind` and before any step or loaded state."""
@@ -195,10 +200,17 @@ class Method:
             self._exchange()
 
     def _exchange(self) -> None:
-        """Exchange what trains with its frozen copy. Only pointers move."""
+        """Exchange what trains with its frozen copy. Only pointers move, but for weights whose memory the engine knows."""
         assert self.start is not None, "keep_start has not been called"
         for name, p in self.params.items():
-            p.data, self.start[name] = self.start[name], p.data
+            if mesh_of(p) is None:
+                p.data, self.start[name] = self.start[name], p.data
+            else:
+                ours, kept = local_part(p.detach()), local_part(self.start[name])
+                before = ours.clone()
+                ours.copy_(kept)
+                kept.copy_(before)
+        self.engine.let_go(self.model)
 
     def resolved(self) -> dict[str, Any]:
         """Settings of the method that were found out and not given."""
@@ -227,7 +239,8 @@ class Method:
         assert parameters.keys() == self.params.keys(), "the checkpoint is of another method or model"
         with torch.no_grad():
             for name, p in self.params.items():
-                p.copy_(parameters[name])
+                p.copy_(part_like(parameters[name], p))
+        self.engine.let_go(self.model)
         self.optimizer.load_state_dict(saved["optimizer"])
 
     def keep_log(self, file: Path, about: Mapping[str, Any], at_most: int) -> int | None:
@@ -235,10 +248,12 @@ class Method:
         a checkpoint, up to so many in all. Returns the updates done; None for all other methods."""
         return None
 
-    def save(self, folder: Path) -> None:
-        """Write what transformers (or PEFT) loads as is."""
+    def save(self, folder: Path | None) -> None:
+        """Write what transformers (or PEFT) loads as is. folder: None on ranks that only give their part of the weights."""
         model: Any = self.model
-        model.save_pretrained(folder)
+        state = self.engine.gathered(model)
+        if folder is not None:
+            model.save_pretrained(folder, state_dict=state)
 
 
 def matching(model: Any, patterns: Sequence[str], setting: str) -> set[int]:

@@ -24,6 +24,7 @@ from tunesmith.methods.trainee import Trainee, num_rows
 from tunesmith.methods.turns import Turns
 from tunesmith.models.load import blocks, head_kind, is_multimodal, value_head
 from tunesmith.models.slices import host_modules
+from tunesmith.tensors import mesh_of, part_like
 from tunesmith.types import Batch, Memory
 
 DEFAULT_CHUNKS = 16
@@ -86,7 +87,7 @@ class Chunk(Method):
 
     def _piece(self, name: str, p: nn.Parameter) -> Piece:
         is_matrices = p.ndim == 3 and min(p.shape) > 1  # of experts; a convolution along time has a dimension of 1
-        can_cut = (p.ndim == 2 or is_matrices) and bool(host_modules(self.model, p))
+        can_cut = (p.ndim == 2 or is_matrices) and mesh_of(p) is None and bool(host_modules(self.model, p))
         align = 0 if not can_cut else 1 if is_matrices else self.config.row_alignment
         size = p.element_size()
         has_copy = size < 4
@@ -230,7 +231,7 @@ class Chunk(Method):
         """Inside, all weights can be read and loaded."""
         return nullcontext() if self.stream is None else self.stream.aside()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | None) -> None:
         with self._readable():
             super().save(folder)
 
@@ -268,7 +269,8 @@ class Chunk(Method):
             trainee.stop()
         with self._readable(), torch.no_grad():
             for name, p in self.params.items():
-                p.copy_(saved["parameters"][name])
+                p.copy_(part_like(saved["parameters"][name], p))
+        self.engine.let_go(self.model)
         self.trainees, self.updates = [], saved["updates"]
         self.shelf.load_state_dict(saved["states"])
         self.seen = self.turns.seen(self.updates)

@@ -64,6 +64,7 @@ class Lora(Method):
         for p in self.peft_model.parameters():
             if p.requires_grad and p.dtype == torch.bfloat16:  # PEFT casts adapters to fp32, but not modules_to_save
                 p.data = p.data.float()
+        self.off_is_start = self._says_nothing()  # while the adapters are in one piece
 
     def _saved_whole(self, model: Any) -> list[str]:
         """Modules that train in full. Raises UserError where they cannot be saved."""
@@ -79,16 +80,16 @@ class Lora(Method):
 
     def bind(self, model: nn.Module, engine: EngineLike) -> None:
         super().bind(model, engine)
-        self.off_is_start = self._says_nothing()
         if self.config.init == "pissa":
             self.keep_start()  # `save` needs it too
 
     @torch.no_grad()
     def _says_nothing(self) -> bool:
         """Whether B A = 0 in all adapters, up to rounding: then the model without them is the model at its start."""
-        for name, a in self.params.items():
+        params = dict(self.peft_model.named_parameters())
+        for name, a in params.items():
             if "lora_A" in name or "lora_embedding_A" in name:
-                b = self.params[name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")]
+                b = params[name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")]
                 gram_a, gram_b = a.flatten(1).float(), b.flatten(1).float()
                 gram_a, gram_b = gram_a @ gram_a.T, gram_b.T @ gram_b
                 # |B A|² against |A|² |B|²: rounding leaves an orthogonal start 1e-6, pissa at rank r has at least 1 / r
@@ -107,10 +108,13 @@ class Lora(Method):
     def lr_multiple(self, name: str) -> float:
         return self.config.lr_ratio if "lora_B" in name or "lora_embedding_B" in name else 1.0
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | None) -> None:
         if self.config.init != "pissa":
-            self.peft_model.save_pretrained(folder)
+            state = self.engine.gathered(self.peft_model)
+            if folder is not None:
+                self.peft_model.save_pretrained(folder, state_dict=state)
             return
+        assert folder is not None, "pissa runs on one rank"
         with tempfile.TemporaryDirectory() as start:
             trained = {name: p.detach().clone() for name, p in self.params.items()}
             assert self.start is not None, "bind keeps it"

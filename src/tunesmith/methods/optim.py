@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.tensors import mesh_of, part_like
+
 Groups = list[dict[str, Any]]
 
 
@@ -116,18 +118,21 @@ class Optimizer:
 
     def load_state_dict(self, saved: list[dict[str, Any]]) -> None:
         for part, state in zip(self.parts, saved, strict=True):
-            part.load_state_dict(state)
+            params = [p for group in part.param_groups for p in group["params"]]
+            cut = {n: {name: _like(x, params[n]) for name, x in of_p.items()} for n, of_p in state["state"].items()}
+            part.load_state_dict({**state, "state": cut})
 
 
 def build_optimizer(config: Any, params: Mapping[str, Tensor], lr_multiple: Callable[[str], float]) -> Optimizer:
-    """The optimizer that the config names, over named parameters; groups by weight decay and learning-rate multiple."""
-    grouped: dict[tuple[float, float], list[tuple[str, Tensor]]] = {}
+    """The optimizer that the config names, over named parameters; groups by weight decay, learning-rate multiple and the ranks
+    over which parameters are cut, since torch updates those of a group together."""
+    grouped: dict[tuple[float, float, Any], list[tuple[str, Tensor]]] = {}
     for name, p in params.items():
         decay = config.weight_decay if p.ndim >= 2 else 0.0
-        grouped.setdefault((decay, lr_multiple(name)), []).append((name, p))
+        grouped.setdefault((decay, lr_multiple(name), mesh_of(p)), []).append((name, p))
     groups: Groups = [
         {"params": members, "weight_decay": decay, "lr_multiple": multiple}
-        for (decay, multiple), members in grouped.items()
+        for (decay, multiple, _), members in grouped.items()
     ]
     return Optimizer(OPTIMIZERS[config.name](groups, config))
 
@@ -136,3 +141,8 @@ def optimizer_bytes(config: Any, shapes: Mapping[str, tuple[int, int]]) -> int:
     """Bytes of state for parameters of the given (elements, bytes per element)."""
     per_element = STATE_BYTES_PER_ELEMENT[config.name]
     return round(sum(elements * per_element(config, name, size) for name, (elements, size) in shapes.items()))
+
+
+def _like(x: Any, p: Tensor) -> Any:
+    """A number or tensor of a parameter's state, cut over ranks as the parameter is if it has its shape."""
+    return part_like(x, p) if isinstance(x, Tensor) and x.shape == p.shape else x

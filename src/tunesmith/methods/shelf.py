@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import UserError
+from tunesmith.tensors import local_part
 
 BLOCK = 256
 """Numbers that share a scale in 8 bits."""
@@ -30,8 +31,9 @@ class Shelf:
         self.leaving: list[torch.cuda.Event] = []
 
     def put(self, key: str, state: Mapping[str, Tensor]) -> None:
-        """Take a state off the device. What the device holds of it is free once the copy is done."""
+        """Take a state off the device, or this rank's part of it. What the device holds of it is free once the copy is done."""
         self.ahead.pop(key, None)
+        state = {name: local_part(x) for name, x in state.items()}
         packed = _packed(state) if self.eight_bit else dict(state)
         if self.file is not None:
             self.kept[key] = {name: self.file.keep(f"{key} {name}", x) for name, x in packed.items()}

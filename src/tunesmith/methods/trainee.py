@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tunesmith.methods.optim import build_optimizer
 from tunesmith.methods.partition import Span
 from tunesmith.models.slices import train_rows
+from tunesmith.tensors import as_part
 
 
 class Trainee:
@@ -43,10 +44,11 @@ class Trainee:
         moments = {name: x for name, x in state.items() if name != "master"}
         self.master = self.leaf
         if self.leaf.element_size() < 4:
-            self.master = nn.Parameter(state["master"] if "master" in state else self.leaf.detach().float())
+            own = as_part(state["master"], self.leaf) if "master" in state else self.leaf.detach().float()
+            self.master = nn.Parameter(own)
         self.optimizer = build_optimizer(optimizer_config, {span.name: self.master}, lambda _: 1.0)
         if moments:
-            self.optimizer.parts[0].state[self.master] = moments
+            self.optimizer.parts[0].state[self.master] = {name: as_part(x, self.master) for name, x in moments.items()}
         if self.has_copy and stochastic:
             self._let_copy_go()
 

@@ -1,0 +1,255 @@
+"""One model over many devices: a mesh of ranks that share out batches, weights and the inside of layers.
+
+Ranks stand in a mesh of replicate × shard × context × tensor, each of one rank or more. Those that differ in the first two
+train on different parts of a batch; weights are cut over shard and context together (FSDP2; with several replicas hybrid
+sharding), and inside layers over tensor. Losses are divided by the count of the whole batch, so gradients are sums over ranks
+and never means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import register_dataclass
+
+from tunesmith.config import RunConfig
+from tunesmith.engines.checkpoint import save_parts
+from tunesmith.engines.collective import Collective
+from tunesmith.engines.group import Group
+from tunesmith.engines.place import place
+from tunesmith.engines.single import SingleEngine
+from tunesmith.engines.tensor_parallel import check_replicated, check_tensor_parallel, tensor_parallel
+from tunesmith.errors import UserError
+from tunesmith.models.load import blocks, load_config
+from tunesmith.tensors import local_part, whole
+from tunesmith.types import Batch, Scores
+
+PRECISIONS = ("mixed", "bf16", "fp32")
+"""What one rank cannot do fast, none does."""
+
+Found = TypeVar("Found")
+
+register_dataclass(Scores, field_names=list(Scores.__dataclass_fields__), drop_field_names=[])
+"""So that FSDP sees the tensors in them, whose backward pass begins the gathering of weights."""
+
+
+class FsdpEngine(SingleEngine):
+    """Every rank holds a part of the model, and gathers a block's weights while it computes with them."""
+
+    partial: frozenset[str] = frozenset()
+    """Parameters to whose gradients each of the ranks along `tensor` adds."""
+    has_checked = False
+    provides: ClassVar[frozenset[str]] = frozenset({"autograd"})
+    reads: ClassVar[frozenset[str]] = SingleEngine.reads - {"generated"}
+    group_kind: ClassVar[type[Group]] = Collective
+
+    def __init__(self, config: Any, precision: str, needs_fp32_weights: bool = False) -> None:
+        super().__init__(config, precision, needs_fp32_weights)
+        here = place()
+        if self.device.type != "cpu" and self.device.index is None:
+            self.device = torch.device(self.device.type, here.local_rank % torch.accelerator.device_count())
+            torch.accelerator.set_device_index(self.device.index)
+        self.group = Collective(self.device, config.timeout_s)
+        self.precision = PRECISIONS[self.group.agree(PRECISIONS.index(self.precision))]  # found by measuring
+        replicate, shard, context, tensor = mesh_shape(config, here.world)
+        self.mesh = init_device_mesh(
+            self.device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")
+        )
+        parts = (replicate * shard, context, tensor)
+        of_batches = init_device_mesh(self.device.type, parts, mesh_dim_names=("data", "context", "tensor"))
+        self.compiles_dynamic = tensor == 1  # torch 2.13 compiles no cut layers for changing shapes
+        self.data_group = of_batches.get_group("data")
+        self.rank, self.world = of_batches.get_local_rank("data"), replicate * shard
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        engine: Any = config.engine
+        method: Any = config.method
+        optimizer = config.optimizer.name
+        shape = mesh_shape(engine, place().world)
+        refused = {
+            "method.init: pissa": getattr(method, "init", "") == "pissa",
+            "method.weights: stream": getattr(method, "weights", "") == "stream",
+            "method.memory": getattr(method, "memory", None) is not None,
+            "method.dora with engine.tensor_parallel": shape[3] > 1 and getattr(method, "dora", False),
+            f"optimizer: {optimizer}": optimizer in ("adafactor", "adamw8bit") and shape[1:] != (1, 1, 1),
+        }
+        for setting, is_asked in refused.items():
+            if is_asked:
+                raise UserError(
+                    f"{setting}: needs whole weights, of which each rank holds a part: leave it out, or start one rank"
+                )
+        if shape[3] > 1:
+            check_tensor_parallel(load_config(config.model), shape[3])
+
+    def place(self, model: Any) -> Any:
+        """As on a single device, and then cut the weights."""
+        super().place(model)
+        model.inside = MethodType(_call, model)
+        self.partial = tensor_parallel(model, self.mesh["tensor"])
+        if self.is_sharded:
+            self._shard(model)
+        return model
+
+    def _move(self, model: Any) -> None:
+        if not self.is_sharded:  # FSDP moves no more than a rank's part
+            super()._move(model)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.mesh["shard", "tensor"].size() > 1
+
+    def _shard(self, model: Any) -> None:
+        """Every block by itself; the rest (embeddings, last norm, head) together, which is gathered all the while."""
+        config = self.config
+        mesh = self.mesh["shard"] if self.mesh["replicate"].size() == 1 else self.mesh["replicate", "shard"]
+        mixed = (
+            MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.precision == "mixed" else MixedPrecisionPolicy()
+        )
+        offload: OffloadPolicy = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+        for _, block in blocks(model):
+            fully_shard(
+                block,
+                mesh=mesh,
+                mp_policy=mixed,
+                offload_policy=offload,
+                reshard_after_forward=config.reshard_after_forward,
+            )
+        fully_shard(model, mesh=mesh, mp_policy=mixed, offload_policy=offload)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        register_fsdp_forward_method(model, "inside")
+
+    def _run(self, model: Any, compute: Callable[[], Found]) -> Found:
+        with self._autocast():
+            found: Found = model.inside(compute)
+            return found
+
+    def rows(self, batch: Batch) -> slice:
+        borders = batch.part_borders(self.world)
+        return slice(*borders[self.rank : self.rank + 2]) if self.rank + 1 < len(borders) else slice(0, 0)
+
+    def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
+        pieces = [part.split(tokens) for part in batch.parts(self.world)]
+        own = pieces[self.rank] if self.rank < len(pieces) else []
+        return own + [batch.nothing()] * (max(map(len, pieces)) - len(own))
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.world == 1:
+            return x
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self.data_group)
+        return total
+
+    def sums(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        together = self.sum(torch.cat([x.detach().double().flatten() for x in numbers.values()]))
+        pieces = together.split([x.numel() for x in numbers.values()])
+        return {name: piece.view(x.shape).to(x.dtype) for (name, x), piece in zip(numbers.items(), pieces, strict=True)}
+
+    def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+        save_parts(folder, step, state, keep, self.group.rank)
+
+    def let_go(self, model: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def gathered(self, model: Any) -> dict[str, Tensor] | None:
+        self.let_go(model)
+        state = {}
+        for name, x in model.state_dict().items():
+            x = whole(x)  # one at a time
+            if self.group.rank == 0:
+                state[name] = x.cpu()
+        return state
+
+    def reduce(self, grads: Mapping[str, Tensor]) -> None:
+        """Sum what FSDP has not: over parts of the batch the gradients of weights that every rank holds whole, and over parts
+        of layers those that each of them adds to."""
+        if not self.is_sharded:
+            for together in _by_dtype(grads.values()):
+                dist.all_reduce_coalesced(together, group=self.data_group)
+        if self.mesh["tensor"].size() > 1:
+            for name, grad in grads.items():
+                if name.partition("[")[0] in self.partial:  # a chunk's rows are named behind their parameter
+                    dist.all_reduce(local_part(grad), group=self.mesh.get_group("tensor"))
+            if not self.has_checked:
+                check_replicated(grads, self.mesh["tensor"])
+                self.has_checked = True
+
+    def seed(self, seed: int, step: int) -> None:
+        """Ranks that read the same rows, and share the inside of layers out, drop the same."""
+        super().seed(seed + self.rank, step)
+
+    def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
+        squares: dict[tuple[str, ...], Tensor] = {}
+        for grad in grads.values():
+            cut = cut_over(grad)
+            square = (
+                local_part(grad).float().square().sum()
+                if grad.dtype != torch.float64
+                else local_part(grad).square().sum()
+            )
+            squares[cut] = squares[cut] + square if cut in squares else square
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        for cut, square in squares.items():
+            total += self._sum_over(square.double(), cut)
+        return total.sqrt()
+
+    def _sum_over(self, x: Tensor, cut: tuple[str, ...]) -> Tensor:
+        for name in cut:
+            dist.all_reduce(x, group=self.mesh.get_group(name))
+        return x
+
+
+def cut_over(x: Tensor) -> tuple[str, ...]:
+    """Names of the mesh's dimensions over which a tensor is cut; none where every rank holds it whole."""
+    if not isinstance(x, DTensor):
+        return ()
+    names = x.device_mesh.mesh_dim_names
+    assert names is not None
+    return tuple(name for name, placement in zip(names, x.placements, strict=True) if not placement.is_replicate())
+
+
+def _by_dtype(grads: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Tensors that can go over the wire together."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for grad in grads:
+        found.setdefault(grad.dtype, []).append(grad)
+    return found.values()
+
+
+def mesh_shape(config: Any, world: int) -> tuple[int, int, int, int]:
+    """Ranks along replicate, shard, context and tensor. Raises UserError where they do not multiply to those there are."""
+    given = {
+        "replicate": config.replicate,
+        "context_parallel": config.context_parallel,
+        "tensor_parallel": config.tensor_parallel,
+    }
+    product = config.replicate * config.context_parallel * config.tensor_parallel
+    if world % product:
+        said = " × ".join(f"engine.{name} {number}" for name, number in given.items() if number > 1)
+        raise UserError(f"{said} does not divide the {world} ranks that were started; change one of them")
+    return config.replicate, world // product, config.context_parallel, config.tensor_parallel
+
+
+def _call(_model: Any, compute: Callable[[], Found]) -> Found:
+    return compute()
