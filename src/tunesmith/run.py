@@ -23,6 +23,7 @@ from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
 from tunesmith.engines import ENGINES, build_engine, with_engine
 from tunesmith.engines.checkpoint import load_newest
+from tunesmith.engines.place import place
 from tunesmith.errors import UserError
 from tunesmith.helpers import build_helpers
 from tunesmith.hooks import Checkpoint, Evaluate, Hook, Log, Ranks
@@ -87,15 +88,20 @@ class Result:
 
 
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Result:
-    """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend."""
+    """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend.
+
+    A run that this very job has begun before its processes were started again is gone on with, resume or not.
+    """
     config, asked = with_engine(config), config.engine
     writes = ENGINES[config.engine.name].group_kind.rank_here() == 0
     console = console or Console(stderr=True, quiet=not writes)
     folder = RunFolder(Path(config.output).expanduser())
+    job = place().job
+    resume = resume or folder.was_begun_by(job)
     if resume:
         config = _same_as_before(folder, config)
     elif writes:
-        folder.check_free()
+        folder.check_free(job)
     check(config)
     with reading(console) as watch:
         run = build(config, watch)
@@ -109,8 +115,8 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: E
     saved = _restore(run, folder, console) if resume else 0
     facts = describe(run)
     header(console, f"tunesmith → {folder.path}", facts)
-    folder.claim(run.config.model_copy(update={"engine": engine}))
     folder.write_manifest(manifest(run, facts))
+    folder.claim(run.config.model_copy(update={"engine": engine}))
 
     config, learner = run.config, run.learner
     start = _keep_log(run, folder, saved)

@@ -53,8 +53,14 @@ class RunFolder:
         events = read_events(self.events)
         return self.model.is_dir() and bool(events) and events[-1]["event"] == "end"
 
-    def check_free(self) -> None:
-        """Raises UserError if the folder holds anything."""
+    def was_begun_by(self, job: str) -> bool:
+        """Whether it holds a run of this job, whose processes were started again since. "" is no job."""
+        return bool(job) and self.config.is_file() and self.read_manifest().get("job") == job
+
+    def check_free(self, job: str = "") -> None:
+        """Raises UserError if the folder holds anything but what this job has left before it had begun."""
+        if job and self.read_manifest().get("job") == job:
+            return
         if self.config.exists():
             raise UserError(
                 f"{self.path}: already holds a run; go on with it: tunesmith train --resume {self.path}, "
@@ -82,6 +88,7 @@ class RunFolder:
         return json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.is_file() else {}
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tunesmith.engines.group import Group, check_alike
 from tunesmith.engines.place import place
-from tunesmith.errors import UserError
+from tunesmith.errors import PeerError
 
 PREPARATION = timedelta(hours=12)
 """What one rank may take to read and tokenize data while others wait."""
@@ -78,7 +78,7 @@ def _connect(device: torch.device, timeout_s: float) -> None:
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (dist.DistError, ValueError) as error:
-        raise UserError(
+        raise PeerError(
             f"engine: the ranks did not meet at {where} within {timeout_s:g} s: {str(error).splitlines()[0]}; see that all of "
             "them run, and that MASTER_ADDR and MASTER_PORT lead to a free port of rank 0's machine"
         ) from error
