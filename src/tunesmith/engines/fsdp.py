@@ -28,9 +28,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import register_dataclass
 
-from tunesmith.engines.checkpoint import save_parts
+from tunesmith.engines.checkpoint import Room
 from tunesmith.engines.collective import Collective
 from tunesmith.engines.group import Group
+from tunesmith.engines.parts import load_parts, save_parts
 from tunesmith.engines.place import place
 from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import UserError
@@ -57,7 +58,7 @@ class FsdpEngine(SingleEngine):
         if self.device.type != "cpu" and self.device.index is None:
             self.device = torch.device(self.device.type, here.local_rank % torch.accelerator.device_count())
             torch.accelerator.set_device_index(self.device.index)
-        self.group = Collective(self.device, config.timeout_s)
+        self.group: Collective = Collective(self.device, config.timeout_s)
         replicate, shard, context, tensor = mesh_shape(config, here.world)
         self.mesh = init_device_mesh(
             self.device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")
@@ -133,7 +134,16 @@ class FsdpEngine(SingleEngine):
         return {name: piece.view(x.shape).to(x.dtype) for (name, x), piece in zip(numbers.items(), pieces, strict=True)}
 
     def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-        save_parts(folder, step, state, keep, self.group.rank)
+        save_parts(folder, step, state, keep, self.group.writers)
+
+    def load_checkpoint(
+        self, folder: Path, warn: Callable[[str], None], room: Room
+    ) -> tuple[int, dict[str, Any]] | None:
+        return load_parts(folder, warn, room, self.group.writers)
+
+    def seed(self, seed: int, step: int) -> None:
+        super().seed(seed, step)
+        self.group.at(step + 1, "training")
 
     def let_go(self, model: Any) -> None:
         for module in model.modules():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tunesmith.methods.optim import build_optimizer
 from tunesmith.methods.partition import Span
 from tunesmith.models.slices import train_rows
+from tunesmith.tensors import mesh_of
 
 
 class Trainee:
@@ -63,10 +64,10 @@ class Trainee:
         return state
 
     def expect(self, several: bool) -> None:
-        """Prepare for the gradients of one micro-batch, or of several: their sum is no 16-bit number."""
+        """Prepare for the gradients of one micro-batch, or of several: their sum is no 16-bit number, unless FSDP makes it."""
         self.leaf.grad = None
         if self.has_copy:
-            self.leaf.grad_dtype = torch.float32 if several else self.leaf.dtype
+            self.leaf.grad_dtype = torch.float32 if several and mesh_of(self.leaf) is None else self.leaf.dtype
 
     @torch.no_grad()
     def update(self, lr: float) -> None:
