@@ -235,6 +235,12 @@ class CheckpointConfig(Section):
     """Save when so many minutes have passed since the last one; 0: not by time."""
     keep: PositiveInt = 2
     """So many newest checkpoints stay."""
+    asynchronous: bool | None = None
+    """Train on while a checkpoint is written. Costs a copy of what is saved in the host's memory meanwhile; without room for
+    one, the run waits instead. Default: where an accelerator trains; on the CPU, memory and cores are the training's."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written, on any rank, as on a full disk: stop, so that no work is done that may be lost; or
+    tell it, train on, and try again when the next one is due."""
 
 
 class EvaluateConfig(Section):

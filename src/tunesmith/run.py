@@ -22,7 +22,6 @@ from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
 from tunesmith.engines import ENGINES, build_engine, with_engine
-from tunesmith.engines.checkpoint import load_newest
 from tunesmith.engines.place import place
 from tunesmith.errors import UserError
 from tunesmith.helpers import build_helpers
@@ -105,7 +104,9 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     check(config)
     with reading(console) as watch:
         run = build(config, watch)
-    with run.learner.engine.group.joined(_what_ranks_share(run)):
+    group = run.learner.engine.group
+    with group.joined(_what_ranks_share(run)):
+        group.check_shared(folder.path)
         return _lead(run, folder, resume, console, asked) if writes else _follow(run, folder, resume, console)
 
 
@@ -131,8 +132,9 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: E
         try:
             step = _steps(run, start, evaluate, [ranks, log, evaluate, checkpoint], stop)
         except NonFiniteError as error:
+            checkpoint.settle(lenient=True)
             raise UserError(_diverged(error, run, checkpoint.saved)) from error
-        checkpoint.save(step, learner)
+        checkpoint.save(step, learner, is_last=True, lenient=step == run.steps)
         if step == run.steps:
             evaluate.measure(step, learner)
             ranks(step, {}, learner)
@@ -156,9 +158,10 @@ def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Resu
         try:
             step = _steps(run, start, evaluate, [evaluate, *[checkpoint] * group.reads_checkpoints], stop)
         except NonFiniteError as error:
+            checkpoint.settle(lenient=True)
             raise UserError(f"step {error.step + 1}: {error}; rank 0 tells where") from error
         if group.reads_checkpoints:
-            checkpoint.save(step, learner)
+            checkpoint.save(step, learner, is_last=True, lenient=step == run.steps)
         if step == run.steps:
             evaluate.measure(step, learner)
             if group.reads_checkpoints:
@@ -354,14 +357,17 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
     ):
         if before.get(key) not in (None, now):
             raise UserError(f"{what}: has changed since {folder.path} was begun; put it back, or start anew")
-    found = load_newest(folder.checkpoints, lambda text: console.print(text, style="yellow", markup=False))
+    learner = run.learner
+    found = learner.engine.load_checkpoint(
+        folder.checkpoints, lambda text: console.print(text, style="yellow", markup=False), learner.method.room
+    )
     if found is None:
         return 0
     step, state = found
     if step > run.steps:
         raise UserError(f"train.steps: {run.steps} are to be done, but {folder.path} has done {step}; ask for more")
     run.objective.load_state_dict(state.pop("objective", {}))
-    run.learner.method.load_state_dict(state)
+    learner.method.load_state_dict(state)
     return step
 
 

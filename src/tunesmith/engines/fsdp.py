@@ -31,9 +31,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import register_dataclass
 
 from tunesmith.config import ModelConfig, RunConfig
-from tunesmith.engines.checkpoint import save_parts
+from tunesmith.engines.checkpoint import Room
 from tunesmith.engines.collective import Collective
 from tunesmith.engines.group import Group
+from tunesmith.engines.parts import load_parts, save_parts
 from tunesmith.engines.place import place
 from tunesmith.engines.single import SingleEngine
 from tunesmith.engines.tensor_parallel import check_replicated, check_tensor_parallel, tensor_parallel
@@ -72,7 +73,7 @@ class FsdpEngine(SingleEngine):
         if self.device.type != "cpu" and self.device.index is None:
             self.device = torch.device(self.device.type, here.local_rank % torch.accelerator.device_count())
             torch.accelerator.set_device_index(self.device.index)
-        self.group = Collective(self.device, config.timeout_s)
+        self.group: Collective = Collective(self.device, config.timeout_s)
         self.precision = PRECISIONS[self.group.agree(PRECISIONS.index(self.precision))]  # found by measuring
         replicate, shard, context, tensor = mesh_shape(config, here.world)
         self.mesh = init_device_mesh(
@@ -88,14 +89,12 @@ class FsdpEngine(SingleEngine):
     def check(cls, config: RunConfig) -> None:
         engine: Any = config.engine
         method: Any = config.method
-        optimizer = config.optimizer.name
         shape = mesh_shape(engine, place().world)
         refused = {
             "method.init: pissa": getattr(method, "init", "") == "pissa",
             "method.weights: stream": getattr(method, "weights", "") == "stream",
             "method.memory": getattr(method, "memory", None) is not None,
             "method.dora with engine.tensor_parallel": shape[3] > 1 and getattr(method, "dora", False),
-            f"optimizer: {optimizer}": optimizer in ("adafactor", "adamw8bit") and shape[1:] != (1, 1, 1),
         }
         for setting, is_asked in refused.items():
             if is_asked:
@@ -198,7 +197,17 @@ class FsdpEngine(SingleEngine):
         return {name: piece.view(x.shape).to(x.dtype) for (name, x), piece in zip(numbers.items(), pieces, strict=True)}
 
     def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-        save_parts(folder, step, state, keep, self.group.rank)
+        save_parts(folder, step, state, keep, self.group.writers)
+
+    def load_checkpoint(
+        self, folder: Path, warn: Callable[[str], None], room: Room
+    ) -> tuple[int, dict[str, Any]] | None:
+        return load_parts(folder, warn, room, self.group.writers)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Ranks that read the same rows, and share the inside of layers out, drop the same."""
+        super().seed(seed + self.rank, step)
+        self.group.at(step + 1, "training")
 
     def let_go(self, model: Any) -> None:
         for module in model.modules():
@@ -226,10 +235,6 @@ class FsdpEngine(SingleEngine):
             if not self.has_checked:
                 check_replicated(grads, self.mesh["tensor"])
                 self.has_checked = True
-
-    def seed(self, seed: int, step: int) -> None:
-        """Ranks that read the same rows, and share the inside of layers out, drop the same."""
-        super().seed(seed + self.rank, step)
 
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         squares: dict[tuple[str, ...], Tensor] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.config import ModelConfig, RunConfig
-from tunesmith.engines.checkpoint import save_checkpoint
+from tunesmith.engines.checkpoint import Room, load_newest, save_checkpoint
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.models.head import Head
@@ -146,8 +146,14 @@ class SingleEngine:
         return batch.split(tokens)
 
     def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-        """As `engines/checkpoint.py` says; where ranks hold parts of the state, all of them call this."""
+        """As `engines/checkpoint.py` says, in any thread; where ranks hold parts of the state, all of them call this."""
         save_checkpoint(folder, step, state, keep)
+
+    def load_checkpoint(
+        self, folder: Path, warn: Callable[[str], None], room: Room
+    ) -> tuple[int, dict[str, Any]] | None:
+        """(step, state) of the newest whole checkpoint, of which a rank reads its part; None if there is none."""
+        return load_newest(folder, warn, room)
 
     def let_go(self, model: Any) -> None:
         """Forget what has been gathered of weights that other ranks hold, since they have changed."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
 from tunesmith.plan.activations import Activations
-from tunesmith.tensors import local_part, mesh_of, part_like
+from tunesmith.tensors import local_part, mesh_of, part_like, room_for
 from tunesmith.types import Batch, Memory, Scores, Wanted
 
 Metrics = dict[str, Tensor]
@@ -248,6 +248,15 @@ class Method:
                 p.copy_(part_like(parameters[name], p))
         self.engine.let_go(self.model)
         self.optimizer.load_state_dict(saved["optimizer"])
+
+    def room(self, path: tuple[Any, ...], x: Tensor) -> Tensor:
+        """What a tensor of a saved state is read into, before `load_state_dict`: this rank's part of it, and of parameters
+        themselves. path: keys and indices that lead to it in the state; x: its shape and type."""
+        if path[0] == "parameters" and path[1] in self.params:
+            return self.params[path[1]].detach()
+        if path[0] == "optimizer" and path[2] in self.params:
+            return room_for(x, self.params[path[2]])
+        return torch.empty_like(x, device="cpu")
 
     def keep_log(self, file: Path, about: Mapping[str, Any], at_most: int) -> int | None:
         """For a method whose state is a log of its updates: keep it in this file from now on, and take those that it has beyond
