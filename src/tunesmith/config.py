@@ -201,7 +201,8 @@ class FsdpConfig(Section):
     tensor_parallel: PositiveInt = 1
     """Ranks over which the inside of each layer is cut."""
     context_parallel: PositiveInt = 1
-    """Ranks over which each sequence is cut."""
+    """Ranks over which each row is cut, for long ones: activations are shared out, and keys and values gathered in each layer.
+    For models whose layers all mix tokens by plain attention. Prompts are not shared then (data.share_prompt)."""
     reshard_after_forward: bool = True
     """Let go of a block's weights between its forward and its backward pass. false: faster by a gathering, and larger."""
     cpu_offload: bool = False

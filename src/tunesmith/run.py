@@ -22,6 +22,7 @@ from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
 from tunesmith.engines import ENGINES, build_engine, with_engine
+from tunesmith.engines.context import unable
 from tunesmith.engines.place import place
 from tunesmith.errors import UserError
 from tunesmith.helpers import build_helpers
@@ -255,6 +256,8 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     objective = build_objective(config.objective)
+    if not engine.has_whole_rows and any(part.have_media for part in (samples, held_out)):
+        raise unable("images, audio and video must be seen with the whole row")
     model, probed = engine.load(
         config.model, model_dtype(engine.precision), objective.head, objective.num_labels,
         METHODS[config.method.name].starts_from_weights(config.method),
@@ -267,6 +270,7 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
         config.data.share_prompt
         and objective.form == "pairs"
         and data.can_pack
+        and engine.has_whole_rows
         and _may_share(config, probed, pack, samples, held_out)
     )
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"

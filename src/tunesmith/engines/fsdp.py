@@ -33,6 +33,8 @@ from torch.utils._pytree import register_dataclass
 from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.engines.checkpoint import Room
 from tunesmith.engines.collective import Collective
+from tunesmith.engines.context import ContextParallel, Cut
+from tunesmith.engines.context_check import check_architecture, check_cut
 from tunesmith.engines.group import Group
 from tunesmith.engines.parts import load_parts, save_parts
 from tunesmith.engines.place import place
@@ -43,8 +45,10 @@ from tunesmith.models.head import Head
 from tunesmith.models.load import HeadKind, blocks, load_config
 from tunesmith.models.probe import find_head
 from tunesmith.models.save import save_adapter, save_sharded
+from tunesmith.models.score import ALL, Columns
 from tunesmith.models.sharded import Checkpoint, empty_model, why_whole
 from tunesmith.models.sibling import sibling
+from tunesmith.plan.activations import Activations
 from tunesmith.tensors import local_part
 from tunesmith.types import Batch, Scores
 
@@ -84,6 +88,8 @@ class FsdpEngine(SingleEngine):
         self.compiles_dynamic = tensor == 1  # torch 2.13 compiles no cut layers for changing shapes
         self.data_group = of_batches.get_group("data")
         self.rank, self.world = of_batches.get_local_rank("data"), replicate * shard
+        self.context = ContextParallel(of_batches.get_group("context"), self.device) if context > 1 else None
+        self.has_whole_rows = self.context is None
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
@@ -103,6 +109,8 @@ class FsdpEngine(SingleEngine):
                 )
         if shape[3] > 1:
             check_tensor_parallel(load_config(config.model), shape[3])
+        if shape[2] > 1:
+            check_architecture(load_config(config.model), config.model.attention)
 
     checkpoint: Checkpoint | None = None
     """Of a model that has been loaded without its weights, until they are read."""
@@ -122,6 +130,8 @@ class FsdpEngine(SingleEngine):
 
     def place(self, model: Any) -> Any:
         """As on a single device, and then cut the weights; those that are not there yet are read when they are cut."""
+        if self.context is not None:
+            self.context.attach(model)
         super().place(model)
         model.inside = MethodType(_call, model)
         self.partial = tensor_parallel(model, self.mesh["tensor"])
@@ -131,6 +141,10 @@ class FsdpEngine(SingleEngine):
             on_host = torch.device("cpu") if self.config.cpu_offload else self.device
             self.checkpoint.fill(model, on_host, buffers=self.device)
             self.checkpoint, self.small = None, None
+        if self.context is not None:
+            context = self.context
+            self._run(model, lambda: check_cut(model, self.head, context))
+            self.let_go(model)
         return model
 
     def _head_of(self, model: Any) -> Head:
@@ -170,6 +184,12 @@ class FsdpEngine(SingleEngine):
                 module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(model, "inside")
 
+    def activations(self, model: Any, rows: int, tokens: int) -> Activations:
+        return super().activations(model, rows, -(-tokens // self.config.context_parallel))
+
+    def columns(self, batch: Batch) -> Columns:
+        return ALL if self.context is None else Cut(self.context, batch)
+
     def _run(self, model: Any, compute: Callable[[], Found]) -> Found:
         with self._autocast():
             found: Found = model.inside(compute)
@@ -205,8 +225,9 @@ class FsdpEngine(SingleEngine):
         return load_parts(folder, warn, room, self.group.writers)
 
     def seed(self, seed: int, step: int) -> None:
-        """Ranks that read the same rows, and share the inside of layers out, drop the same."""
-        super().seed(seed + self.rank, step)
+        """Ranks that read the same columns of the same rows, and share the inside of layers out, drop the same."""
+        part = 0 if self.context is None else self.context.rank
+        super().seed(seed + self.rank * self.config.context_parallel + part, step)
         self.group.at(step + 1, "training")
 
     def let_go(self, model: Any) -> None:

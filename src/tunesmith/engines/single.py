@@ -19,7 +19,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.head import Head
 from tunesmith.models.load import HeadKind, blocks, load_model
 from tunesmith.models.probe import find_head
-from tunesmith.models.score import hidden_of_targets, score
+from tunesmith.models.score import ALL, Columns, hidden_of_targets, score
 from tunesmith.plan.activations import Activations, measure
 from tunesmith.types import Batch, Scores, Wanted
 
@@ -36,6 +36,8 @@ class SingleEngine:
     """Whether compiled blocks take batches of all shapes; else each shape is compiled anew."""
     rank, world = 0, 1
     """Of those among whom tensors are summed."""
+    has_whole_rows = True
+    """Whether all columns of a row go through the model on one rank."""
     group_kind: ClassVar[type[Group]] = Group
 
     def __init__(self, config: Any, precision: str, needs_fp32_weights: bool = False) -> None:
@@ -103,11 +105,15 @@ class SingleEngine:
 
     def score(self, model: Any, batch: Batch, wanted: Wanted | None = None) -> Scores:
         """Log-probabilities of the batch's targets, and what else is wanted."""
-        return self._run(model, lambda: score(model, self.head, batch, wanted))
+        return self._run(model, lambda: score(model, self.head, batch, wanted, self.columns(batch)))
 
     def hidden(self, model: Any, batch: Batch) -> Tensor:
         """Hidden states from which the batch's targets are predicted, [N, D], row by row."""
-        return self._run(model, lambda: hidden_of_targets(model, self.head, batch))
+        return self._run(model, lambda: hidden_of_targets(model, self.head, batch, self.columns(batch)))
+
+    def columns(self, batch: Batch) -> Columns:
+        """What of the batch's rows goes through the model here."""
+        return ALL
 
     def _run(self, model: Any, compute: Callable[[], Found]) -> Found:
         """What `compute` says, which calls the model."""
