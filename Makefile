@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test check product vllm two-hosts bench docs clean
+.PHONY: demo test check product vllm ranks two-hosts bench docs clean
 
 demo: .venv/.demo        ## fine-tune a real model, compare its answers before and after
 	$(BIN)/tunesmith demo
@@ -13,6 +13,9 @@ test: .venv/.test        ## all tests
 
 product: .venv/.test     ## only the tests that multiply the tables: objectives, methods, optimizers, families
 	$(BIN)/python -m pytest tests/product
+
+ranks: .venv/.test       ## every objective and method on every mesh of ranks: longer than make test has time for
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/equal/test_fsdp.py -m slow
 
 two-hosts: .venv/.test   ## a run across two network namespaces, with a killed rank and a cut link; as root, else skipped with a reason
 	$(BIN)/python tests/hosts/two_hosts.py --kill --cut-s 12

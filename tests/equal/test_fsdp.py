@@ -173,14 +173,26 @@ def trees(
     return found
 
 
-def test_every_objective_and_method_on_two_ranks(trees: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+MESHES: list[Any] = [
+    pytest.param(2, {"name": "auto"}, id="shard"),
+    pytest.param(2, {"name": "fsdp", "replicate": 2}, id="replicate", marks=pytest.mark.slow),
+    pytest.param(2, {"name": "fsdp", "tensor_parallel": 2}, id="tensor", marks=pytest.mark.slow),
+    pytest.param(2, {"name": "fsdp", "context_parallel": 2}, id="context", marks=pytest.mark.slow),
+    pytest.param(4, {"name": "fsdp", "tensor_parallel": 2}, id="shard and tensor", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("world", "engine"), MESHES)
+def test_every_objective_and_method_on_ranks(
+    world: int, engine: dict[str, Any], trees: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     alone = {name: {**tree, "output": f"{tmp_path}/alone/{name}"} for name, tree in trees.items()}
     ranks = {
-        name: {**tree, "engine": {"device": "cpu"}, "output": f"{tmp_path}/ranks/{name}"}
+        name: {**tree, "engine": {**engine, "device": "cpu"}, "output": f"{tmp_path}/ranks/{name}"}
         for name, tree in trees.items()
     }
     run_all(alone)
-    on_ranks(2, run_all, tmp_path, ranks)
+    on_ranks(world, run_all, tmp_path, ranks)
     for name in trees:
         check_equal(tmp_path / "ranks" / name, tmp_path / "alone" / name, bound=1e-6)
 
