@@ -67,7 +67,11 @@ class FsdpEngine(SingleEngine):
             torch.accelerator.set_device_index(self.device.index)
         self.group = Collective(self.device, config.timeout_s)
         self.precision = PRECISIONS[self.group.agree(PRECISIONS.index(self.precision))]  # found by measuring
-        replicate, shard, context, tensor = mesh_shape(config, here.world)
+        self.lay_out(here.world)
+
+    def lay_out(self, world: int) -> None:
+        """Set the ranks of the process group up as a mesh."""
+        replicate, shard, context, tensor = mesh_shape(self.config, world)
         self.mesh = init_device_mesh(
             self.device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")
         )
@@ -79,10 +83,15 @@ class FsdpEngine(SingleEngine):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
+        cls.check_world(config, place().world)
+
+    @classmethod
+    def check_world(cls, config: RunConfig, world: int) -> None:
+        """`check` for so many ranks."""
         engine: Any = config.engine
         method: Any = config.method
         optimizer = config.optimizer.name
-        shape = mesh_shape(engine, place().world)
+        shape = mesh_shape(engine, world)
         refused = {
             "method.init: pissa": getattr(method, "init", "") == "pissa",
             "method.weights: stream": getattr(method, "weights", "") == "stream",

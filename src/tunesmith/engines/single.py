@@ -15,6 +15,7 @@ from tunesmith.config import RunConfig
 from tunesmith.engines.checkpoint import save_checkpoint
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
+from tunesmith.models.head import Head
 from tunesmith.models.load import blocks
 from tunesmith.models.probe import find_head
 from tunesmith.models.score import hidden_of_targets, score
@@ -53,12 +54,15 @@ class SingleEngine:
         self._move(model)
         model.eval()  # PEFT's new layers start in training mode: the probe compares two passes
         with self._autocast(), torch.no_grad():
-            self.head = find_head(model)
+            self.head = self._find_head(model)
         self.checkpoint_blocks(model, self.config.activation_checkpointing)
         if self.config.compile:
             for _, block in blocks(model):
                 block.compile(dynamic=self.compiles_dynamic)
         return model
+
+    def _find_head(self, model: Any) -> Head:
+        return find_head(model)
 
     def _move(self, model: Any) -> None:
         """To the device; weights without storage are those that a method brings itself."""
