@@ -83,11 +83,13 @@ class FsdpEngine(SingleEngine):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        cls.check_world(config, place().world)
+        shape = cls.check_settings(config, place().world)
+        if shape[3] > 1:
+            check_tensor_parallel(load_config(config.model), shape[3])
 
     @classmethod
-    def check_world(cls, config: RunConfig, world: int) -> None:
-        """`check` for so many ranks."""
+    def check_settings(cls, config: RunConfig, world: int) -> tuple[int, int, int, int]:
+        """What can be known without the architecture; returns the mesh's shape. Raises UserError."""
         engine: Any = config.engine
         method: Any = config.method
         optimizer = config.optimizer.name
@@ -104,8 +106,7 @@ class FsdpEngine(SingleEngine):
                 raise UserError(
                     f"{setting}: needs whole weights, of which each rank holds a part: leave it out, or start one rank"
                 )
-        if shape[3] > 1:
-            check_tensor_parallel(load_config(config.model), shape[3])
+        return shape
 
     def place(self, model: Any) -> Any:
         """As on a single device, and then cut the weights."""
@@ -195,7 +196,7 @@ class FsdpEngine(SingleEngine):
         of layers those that each of them adds to."""
         if not self.is_sharded:
             for together in _by_dtype(grads.values()):
-                dist.all_reduce_coalesced(together, group=self.data_group)
+                self._sum_all(together)
         if self.mesh["tensor"].size() > 1:
             for name, grad in grads.items():
                 if name.partition("[")[0] in self.partial:  # a chunk's rows are named behind their parameter
@@ -203,6 +204,9 @@ class FsdpEngine(SingleEngine):
             if not self.has_checked:
                 check_replicated(grads, self.mesh["tensor"])
                 self.has_checked = True
+
+    def _sum_all(self, tensors: list[Tensor]) -> None:
+        dist.all_reduce_coalesced(tensors, group=self.data_group)
 
     def seed(self, seed: int, step: int) -> None:
         """Ranks that read the same rows, and share the inside of layers out, drop the same."""

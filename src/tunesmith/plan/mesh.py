@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
@@ -68,18 +68,25 @@ class PlannedEngine(FsdpEngine):
     def _move(self, model: Any) -> None:
         pass
 
+    def _sum_all(self, tensors: list[Tensor]) -> None:
+        """In one piece: torch has no coalesced sum of tensors without numbers."""
+        dist.all_reduce(torch.cat([x.flatten() for x in tensors]), group=self.data_group)
+
 
 def plan(config: RunConfig, world: int) -> Plan:
     """What each of `world` ranks will hold and send. Raises UserError."""
     config = _with_fsdp(config, world)
-    FsdpEngine.check_world(config, world)
+    FsdpEngine.check_settings(config, world)
     with _process_group(world):
         try:
             return _plan(config, world)
-        except (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError) as error:
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ) as error:  # torch's for what needs numbers
             raise UserError(
-                f"{config.model.path}: this architecture cannot be planned: what it computes depends on numbers, and "
-                f"there are none ({str(error).splitlines()[0]})"
+                f"{config.model.path}: this architecture cannot be planned, since it does not compute with tensors without "
+                f"numbers ({str(error).splitlines()[0]}); another model.precision may do"
             ) from error
 
 

@@ -79,7 +79,7 @@ def _memory(config: RunConfig, found: Plan) -> Table:
 def _traffic(found: Plan, machine: Machine) -> Table:
     table = Table(title="what a rank sends in a step", title_justify="left", box=None, pad_edge=False)
     for name in ("", "over", "calls", "payload", "sent", "link", "time"):
-        table.add_column(name, justify="left" if name in ("", "over", "link") else "right")
+        table.add_column(name, justify="left" if name in ("", "over", "link") else "right", no_wrap=True)
     for (kind, group), count in found.traffic.items():
         speed, link = _speed(found, group, machine)
         table.add_row(
