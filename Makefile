@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 
-.PHONY: demo test check product vllm bench docs clean
+.PHONY: demo test check product vllm two-hosts bench docs clean
 
 demo: .venv/.demo        ## fine-tune a real model, compare its answers before and after
 	$(BIN)/tunesmith demo
@@ -13,6 +13,9 @@ test: .venv/.test        ## all tests
 
 product: .venv/.test     ## only the tests that multiply the tables: objectives, methods, optimizers, families
 	$(BIN)/python -m pytest tests/product
+
+two-hosts: .venv/.test   ## a run across two network namespaces whose link is cut in the middle; as root, else skipped with a reason
+	$(BIN)/python tests/hosts/two_hosts.py
 
 vllm: .venv-vllm/.done   ## only the tests of the vLLM scorer, in a real vLLM on the CPU (2.5 GB, in an environment of its own)
 	.venv-vllm/bin/python -m pytest tests/vllm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -11,6 +12,9 @@ from typing import Annotated
 import typer
 
 from tunesmith.errors import UserError
+
+LAUNCHED = "TUNESMITH_LAUNCHED"
+"""Set in ranks that a launcher of ours has started, to which they leave it to tell of an error."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
@@ -28,22 +32,42 @@ def train(
         typer.Argument(metavar="[run.yaml] [a.b=c]...", help="A configuration, and settings over its own."),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    nproc: Annotated[
+        str, typer.Option(metavar="N|auto", help="Processes on this host. auto: one for each accelerator.")
+    ] = "auto",
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts; start the same command on each.")] = 1,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where hosts meet: one of them, and a free port of it.")
+    ] = None,
+    rendezvous_id: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of this job. Started again under it, it goes on by itself.")
+    ] = None,
+    rendezvous_timeout: Annotated[int, typer.Option(min=1, help="Seconds that hosts wait for each other.")] = 600,
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often all processes start again when one dies.")] = 3,
 ) -> None:
     """Fine-tune a model: tunesmith train run.yaml method.rank=8."""
     from tunesmith.config_file import load_config
-    from tunesmith.run import train as run
+    from tunesmith.launch import Launch
     from tunesmith.run_folder import RunFolder
 
     words = list(arguments or ())
     file = Path(words.pop(0)) if words and "=" not in words[0] else None
     if resume is not None:
         RunFolder(resume).read_config()
-        config = load_config(file or resume / "config.yaml", words)
-        result = run(config.model_copy(update={"output": str(resume)}), resume=True)
+        config = load_config(file or resume / "config.yaml", words).model_copy(update={"output": str(resume)})
     elif file is None:
         raise UserError("give a configuration: tunesmith train run.yaml (or --resume FOLDER)")
     else:
-        result = run(load_config(file, words))
+        config = load_config(file, words)
+    launch = Launch(nproc, nodes, rendezvous, rendezvous_id, max_restarts, rendezvous_timeout)
+    number = launch.processes(config)
+    if number:
+        same = ["train", *(arguments or ()), *(["--resume", str(resume)] if resume else [])]
+        raise typer.Exit(launch.run(number, same, _tell))
+    launch.join()
+    from tunesmith.run import train as run
+
+    result = run(config, resume=True) if resume else run(config)
     if not result.finished:
         raise typer.Exit(130)  # stopped by a signal: what a shell joins with && must not go on
 
@@ -175,14 +199,36 @@ def data_show(
     )  # fmt: skip
 
 
+def _tell(text: str) -> None:
+    """A line about the run's processes, below what one of them may have drawn and been unable to end."""
+    if sys.stderr.isatty():
+        text = f"\r\x1b[K\x1b[?25h{text}"
+    print(text, file=sys.stderr, flush=True)
+
+
 def main() -> None:
-    """Entry point: a UserError becomes its message, without a traceback."""
+    """Entry point: a UserError becomes its message, without a traceback. A launched rank leaves errors to its launcher."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a wait for another rank that takes longer is no news
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
+    is_launched = LAUNCHED in os.environ and "RANK" in os.environ  # of which the launcher itself has the first alone
+    if is_launched and os.environ["RANK"] != "0":  # rank 0 gives the same warnings
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        from tunesmith.launch import exit_code, report
+
+        report(error)
+        if not is_launched:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_code(error))
+    except Exception as error:
+        from tunesmith.launch import report
+
+        report(error)
+        if not is_launched:
+            raise
+        sys.exit(1)

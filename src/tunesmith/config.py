@@ -201,7 +201,8 @@ class FsdpConfig(Section):
     tensor_parallel: PositiveInt = 1
     """Ranks over which the inside of each layer is cut."""
     context_parallel: PositiveInt = 1
-    """Ranks over which each sequence is cut."""
+    """Ranks over which each row is cut, for long ones: activations are shared out, and keys and values gathered in each layer.
+    For models whose layers all mix tokens by plain attention. Prompts are not shared then (data.share_prompt)."""
     reshard_after_forward: bool = True
     """Let go of a block's weights between its forward and its backward pass. false: faster by a gathering, and larger."""
     cpu_offload: bool = False
@@ -235,6 +236,12 @@ class CheckpointConfig(Section):
     """Save when so many minutes have passed since the last one; 0: not by time."""
     keep: PositiveInt = 2
     """So many newest checkpoints stay."""
+    asynchronous: bool | None = None
+    """Train on while a checkpoint is written. Costs a copy of what is saved in the host's memory meanwhile; without room for
+    one, the run waits instead. Default: where an accelerator trains; on the CPU, memory and cores are the training's."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written, on any rank, as on a full disk: stop, so that no work is done that may be lost; or
+    tell it, train on, and try again when the next one is due."""
 
 
 class EvaluateConfig(Section):

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Something the user can mend. The message names the place and the remedy; the CLI prints it without a traceback."""
 
 
+class PeerError(UserError):
+    """Another rank of the run is gone or late, which a new start of all ranks mends: a launcher makes it by itself."""
+
+
 class DataError(UserError):
     """A record that cannot be used: `file:line:column path: what is wrong: how to mend`.
 

@@ -28,7 +28,7 @@ from tunesmith.engines import SingleEngine, build_engine
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner, logprobs_of
-from tunesmith.models.load import load_config, load_model, load_tokenizer, model_source
+from tunesmith.models.load import load_config, load_tokenizer, model_source
 from tunesmith.objectives import Objective
 from tunesmith.score_store import ScoreStore, StoreWriter
 from tunesmith.types import Batch
@@ -215,7 +215,8 @@ def _load_reference(config: RunConfig, learner: Learner) -> ModelReference:
     model_config = config.model.model_copy(update={"path": path, "revision": None, "chat_template": None})
     try:
         ours, theirs = (load_tokenizer(each).get_vocab() for each in (config.model, model_config))
-        model = load_model(model_config, learner.model.dtype)
+        engine = build_engine(config.engine, learner.engine.precision)
+        model, _ = engine.load(model_config, learner.model.dtype)
     except UserError as error:
         raise UserError(f"objective.reference_model: {error}") from error
     if ours != theirs:
@@ -223,7 +224,6 @@ def _load_reference(config: RunConfig, learner: Learner) -> ModelReference:
             f"objective.reference_model: {path}: its tokenizer numbers the tokens otherwise than {config.model.path}'s; a "
             "reference must read the same tokens"
         )
-    engine = build_engine(config.engine, learner.engine.precision)
     return ModelReference(path, engine.place(model).requires_grad_(False), engine, learner.micro_batch_tokens)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
+from time import monotonic
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+REPEAT_S = 1.0
+"""A signal that comes so soon again is the same: schedulers send one to every process, and launchers pass theirs on."""
 
 
 class StopRequest:
@@ -12,6 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.time_s = 0.0
         self.before: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
@@ -25,9 +30,16 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.signal is None:  # else the same signal may come once more, and must not hit what is done after saving
+            self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        signal.signal(number, self.before[self.signal])
+        if self.signal is None:
+            self.signal, self.time_s = signal.Signals(number), monotonic()
+        elif monotonic() - self.time_s > REPEAT_S:
+            self._restore()
+            signal.raise_signal(number)

@@ -30,7 +30,8 @@ class Learner:
     micro_batch_tokens: int
 
     def __post_init__(self) -> None:
-        self.method.adapt(self.model)
+        with self.engine.adapting(self.model):
+            self.method.adapt(self.model)
         self.model = self.engine.place(self.model)
         self.method.bind(self.model, self.engine)
         self.model.train()

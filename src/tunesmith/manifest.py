@@ -16,6 +16,7 @@ from tunesmith.config import RunConfig
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.samples import Counts
 from tunesmith.display import short_bytes, short_number
+from tunesmith.engines.place import place
 from tunesmith.models.load import model_source
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def manifest(run: Run, facts: list[tuple[str, str]]) -> dict[str, Any]:
     return {
         "versions": versions(),
         "hardware": hardware(run.learner.engine.device),
+        "job": place().job,
         "seed": run.config.seed,
         "steps": run.steps,
         "base_model": model_source(run.config.model),

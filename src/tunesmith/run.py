@@ -22,7 +22,8 @@ from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
 from tunesmith.engines import ENGINES, build_engine, with_engine
-from tunesmith.engines.checkpoint import load_newest
+from tunesmith.engines.context import unable
+from tunesmith.engines.place import place
 from tunesmith.errors import UserError
 from tunesmith.helpers import build_helpers
 from tunesmith.hooks import Checkpoint, Evaluate, Hook, Log, Ranks
@@ -31,14 +32,14 @@ from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
 from tunesmith.manifest import describe, manifest, other_models, versions, weights_hash
 from tunesmith.methods import METHODS, Extent, NonFiniteError, build_method
-from tunesmith.models.load import load_model, model_source, padding_token
+from tunesmith.models.load import model_source, padding_token
 from tunesmith.models.probe import attention_span, isolates_sequences, shares_prefixes
 from tunesmith.models.score import has_router
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.report import write_report
 from tunesmith.run_check import check
 from tunesmith.run_data import open_data
-from tunesmith.run_folder import EventLog, RunFolder, read_events, write_folder
+from tunesmith.run_folder import EventLog, RunFolder, aside_of, read_events, write_folder
 from tunesmith.schedules import build_schedule
 
 WIDEST_MASK = 8192
@@ -87,19 +88,26 @@ class Result:
 
 
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Result:
-    """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend."""
+    """Train, and leave a folder that transformers, PEFT and vLLM load. Raises UserError for all that the user can mend.
+
+    A run that this very job has begun before its processes were started again is gone on with, resume or not.
+    """
     config, asked = with_engine(config), config.engine
     writes = ENGINES[config.engine.name].group_kind.rank_here() == 0
     console = console or Console(stderr=True, quiet=not writes)
     folder = RunFolder(Path(config.output).expanduser())
+    job = place().job
+    resume = resume or folder.was_begun_by(job)
     if resume:
         config = _same_as_before(folder, config)
     elif writes:
-        folder.check_free()
+        folder.check_free(job)
     check(config)
     with reading(console) as watch:
         run = build(config, watch)
-    with run.learner.engine.group.joined(_what_ranks_share(run)):
+    group = run.learner.engine.group
+    with group.joined(_what_ranks_share(run)):
+        group.check_shared(folder.path)
         return _lead(run, folder, resume, console, asked) if writes else _follow(run, folder, resume, console)
 
 
@@ -109,8 +117,8 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: E
     saved = _restore(run, folder, console) if resume else 0
     facts = describe(run)
     header(console, f"tunesmith → {folder.path}", facts)
-    folder.claim(run.config.model_copy(update={"engine": engine}))
     folder.write_manifest(manifest(run, facts))
+    folder.claim(run.config.model_copy(update={"engine": engine}))
 
     config, learner = run.config, run.learner
     start = _keep_log(run, folder, saved)
@@ -125,8 +133,9 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: E
         try:
             step = _steps(run, start, evaluate, [ranks, log, evaluate, checkpoint], stop)
         except NonFiniteError as error:
+            checkpoint.settle(lenient=True)
             raise UserError(_diverged(error, run, checkpoint.saved)) from error
-        checkpoint.save(step, learner)
+        checkpoint.save(step, learner, is_last=True, lenient=step == run.steps)
         if step == run.steps:
             evaluate.measure(step, learner)
             ranks(step, {}, learner)
@@ -150,13 +159,14 @@ def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Resu
         try:
             step = _steps(run, start, evaluate, [evaluate, *[checkpoint] * group.reads_checkpoints], stop)
         except NonFiniteError as error:
+            checkpoint.settle(lenient=True)
             raise UserError(f"step {error.step + 1}: {error}; rank 0 tells where") from error
         if group.reads_checkpoints:
-            checkpoint.save(step, learner)
+            checkpoint.save(step, learner, is_last=True, lenient=step == run.steps)
         if step == run.steps:
             evaluate.measure(step, learner)
             if group.reads_checkpoints:
-                learner.method.save(None)
+                learner.method.save(aside_of(folder.model))
     return Result(folder.path, step, step == run.steps, evaluate.losses)
 
 
@@ -246,16 +256,22 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
 
     torch.manual_seed(config.seed)  # the start of what a method inserts
     objective = build_objective(config.objective)
-    model = load_model(config.model, model_dtype(engine.precision), objective.head, objective.num_labels)
-    _check_fits(config, model, objective, samples, held_out)
+    if not engine.has_whole_rows and any(part.have_media for part in (samples, held_out)):
+        raise unable("images, audio and video must be seen with the whole row")
+    model, probed = engine.load(
+        config.model, model_dtype(engine.precision), objective.head, objective.num_labels,
+        METHODS[config.method.name].starts_from_weights(config.method),
+    )  # fmt: skip
+    _check_fits(config, model, probed, objective, samples, held_out)
     only_scores = "autograd" not in METHODS[config.method.name].requires
     pack = config.data.pack if config.data.pack is not None else engine.device.type != "cpu" or only_scores
-    pack = pack and data.can_pack and isolates_sequences(model)
+    pack = pack and data.can_pack and isolates_sequences(probed)
     share = (
         config.data.share_prompt
         and objective.form == "pairs"
         and data.can_pack
-        and _may_share(config, model, pack, samples, held_out)
+        and engine.has_whole_rows
+        and _may_share(config, probed, pack, samples, held_out)
     )
     assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
     longest = _longest(config, samples, held_out)
@@ -296,13 +312,14 @@ def _longest(config: RunConfig, *sets: Samples) -> int:
     return max(int(part.lengths().max()) for part in sets if len(part))
 
 
-def _check_fits(config: RunConfig, model: Any, objective: Objective, *sets: Samples) -> None:
-    """Positions and token ids that the model knows, and experts where they are to be balanced. Raises UserError."""
+def _check_fits(config: RunConfig, model: Any, probed: Any, objective: Objective, *sets: Samples) -> None:
+    """Positions and token ids that the model knows, and experts where they are to be balanced. probed: as `load` gives it.
+    Raises UserError."""
     if "router" in objective.reads and any(part.have_media for part in sets):
         raise UserError(
             "objective.router_loss: experts are balanced on text alone, but there are media in the data; set it to 0"
         )
-    if "router" in objective.reads and not has_router(model):
+    if "router" in objective.reads and not has_router(probed):
         raise UserError(
             f"objective.router_loss: {type(model).__name__} is no mixture of experts that tells where it sends its tokens; set "
             "it to 0"
@@ -344,14 +361,17 @@ def _restore(run: Run, folder: RunFolder, console: Console) -> int:
     ):
         if before.get(key) not in (None, now):
             raise UserError(f"{what}: has changed since {folder.path} was begun; put it back, or start anew")
-    found = load_newest(folder.checkpoints, lambda text: console.print(text, style="yellow", markup=False))
+    learner = run.learner
+    found = learner.engine.load_checkpoint(
+        folder.checkpoints, lambda text: console.print(text, style="yellow", markup=False), learner.method.room
+    )
     if found is None:
         return 0
     step, state = found
     if step > run.steps:
         raise UserError(f"train.steps: {run.steps} are to be done, but {folder.path} has done {step}; ask for more")
     run.objective.load_state_dict(state.pop("objective", {}))
-    run.learner.method.load_state_dict(state)
+    learner.method.load_state_dict(state)
     return step
 
 

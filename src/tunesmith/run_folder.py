@@ -53,8 +53,14 @@ class RunFolder:
         events = read_events(self.events)
         return self.model.is_dir() and bool(events) and events[-1]["event"] == "end"
 
-    def check_free(self) -> None:
-        """Raises UserError if the folder holds anything."""
+    def was_begun_by(self, job: str) -> bool:
+        """Whether it holds a run of this job, whose processes were started again since. "" is no job."""
+        return bool(job) and self.config.is_file() and self.read_manifest().get("job") == job
+
+    def check_free(self, job: str = "") -> None:
+        """Raises UserError if the folder holds anything but what this job has left before it had begun."""
+        if job and self.read_manifest().get("job") == job:
+            return
         if self.config.exists():
             raise UserError(
                 f"{self.path}: already holds a run; go on with it: tunesmith train --resume {self.path}, "
@@ -82,6 +88,7 @@ class RunFolder:
         return json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.is_file() else {}
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -106,9 +113,14 @@ def writing(file: Path, errors: str = "strict") -> Iterator[TextIO]:
         raise UserError(f"{file}: could not be written: {error}") from error
 
 
+def aside_of(folder: Path) -> Path:
+    """Where a folder is written before it is put in place."""
+    return folder.with_name(f".{folder.name}.writing")
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder, and put it in place only when it is whole and on the disk."""
-    aside, doomed = (folder.with_name(f".{folder.name}.{what}") for what in ("writing", "removing"))
+    aside, doomed = aside_of(folder), folder.with_name(f".{folder.name}.removing")
     try:
         for left_over in (aside, doomed):
             shutil.rmtree(left_over, ignore_errors=True)

@@ -24,7 +24,7 @@ from tunesmith.errors import UserError
 from tunesmith.helpers import Watch, checkpoint_bytes, stored_scores, weights_key
 from tunesmith.learner import Learner
 from tunesmith.models.head import CHUNK_ELEMENTS
-from tunesmith.models.load import is_multimodal, load_config, load_model, load_tokenizer
+from tunesmith.models.load import is_multimodal, load_config, load_tokenizer
 from tunesmith.models.probe import isolates_sequences
 from tunesmith.objectives.distill import coarse_logprobs
 from tunesmith.score_store import INDEX, ScoreStore
@@ -199,17 +199,17 @@ def load_teacher(config: RunConfig, learner: Learner) -> Teacher:
     told_apart = section.divergence == "uld"
     model_config = _model_config(config)
     ours = load_tokenizer(config.model)
+    engine = build_engine(
+        config.engine.model_copy(update={"activation_checkpointing": False}), learner.engine.precision
+    )
     try:
         theirs = load_tokenizer(model_config)
-        model = load_model(model_config, _dtype(learner))
+        model, probed = engine.load(model_config, _dtype(learner))
     except UserError as error:
         raise _of_teacher(error) from error
     if not told_apart:
         _check_same_tokens(ours.get_vocab(), theirs.get_vocab(), config)
-    engine = build_engine(
-        config.engine.model_copy(update={"activation_checkpointing": False}), learner.engine.precision
-    )
-    isolates = isolates_sequences(model)
+    isolates = isolates_sequences(probed)
     model = engine.place(model).requires_grad_(False)
     if engine.head.linear is None:
         raise UserError(

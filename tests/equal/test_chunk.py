@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.batches import ragged_batch
+from tests.equal.ranks import on_ranks
 from tests.equal.test_accumulation import difference, gradients
 from tests.families import FAMILIES, SMALL, make_model
 from tests.product.test_product import equal_bits
-from tunesmith.config import AdamWConfig, ChunkConfig, FullConfig, LionConfig, SftConfig, SgdConfig
+from tunesmith.config import AdamWConfig, ChunkConfig, FsdpConfig, FullConfig, LionConfig, SftConfig, SgdConfig
 from tunesmith.config import SingleConfig as Single
 from tunesmith.config_file import config_from_dict, load_config
 from tunesmith.engines import SingleEngine
+from tunesmith.engines.fsdp import FsdpEngine
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS, Extent, NonFiniteError
@@ -837,21 +839,15 @@ def test_sizes_are_read_with_their_units() -> None:
     assert [size(text) for text in (7, "7", "7B", "1.5KiB", "2 mb", "3GiB")] == [7, 7, 7, 1536, 2_000_000, 3 * 2**30]
 
 
-class TwoRanks(SingleEngine):
-    """Sums over two processes; each has half of the batch."""
+class Counted(FsdpEngine):
+    """Counts what it sums over ranks, each of which holds the whole model."""
 
-    def __init__(self, config: Any, precision: str) -> None:
-        super().__init__(config, precision)
+    def __init__(self) -> None:
+        super().__init__(FsdpConfig(device="cpu", replicate=2), "fp32")
         self.reduced: list[int] = []
 
-    def sum(self, x: Tensor) -> Tensor:
-        x = x.clone()
-        torch.distributed.all_reduce(x)
-        return x
-
     def reduce(self, grads: Mapping[str, Tensor]) -> None:
-        for grad in grads.values():
-            torch.distributed.all_reduce(grad)
+        super().reduce(grads)
         self.reduced.append(sum(grad.numel() for grad in grads.values()))
 
 
@@ -859,24 +855,18 @@ def two_rank_settings() -> dict[str, Any]:
     return {"max_grad_norm": 1.0, "num_chunks": 3, "updates_per_chunk": 2, "offload": "host", "micro_batch_tokens": 30}
 
 
-def one_of_two_ranks(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    engine = TwoRanks(Single(device="cpu"), "fp32")
+def one_of_two_ranks() -> dict[str, Any]:
+    engine = Counted()
     learner = chunked(make_model("llama", torch.float64), engine=engine, **two_rank_settings())
-    mine = ragged_batch(pack=False).rows(4 * rank, 4 * rank + 4)
     active, metrics = [], []
     for _ in range(8):
-        metrics.append({name: x.double() for name, x in learner.step(SFT, mine, lr=1e-2).items()})
+        metrics.append({name: x.double() for name, x in learner.step(SFT, ragged_batch(pack=False), lr=1e-2).items()})
         active.append(elements(learner.method))
-    found = {"weights": weights(learner), "metrics": metrics, "active": active, "reduced": engine.reduced}
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {"weights": weights(learner), "metrics": metrics, "active": active, "reduced": engine.reduced}
 
 
 def test_two_ranks_are_one_and_exchange_only_the_active_chunk(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two_ranks, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    ranks = on_ranks(2, one_of_two_ranks, tmp_path)
     learner = chunked(make_model("llama", torch.float64), **two_rank_settings())
     metrics = [learner.step(SFT, ragged_batch(pack=False), lr=1e-2) for _ in range(8)]
     for rank in ranks:

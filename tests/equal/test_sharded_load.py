@@ -17,7 +17,6 @@ from tests.equal.test_zeroth_ranks import end, start
 from tests.families import FAMILIES, make_model, train_tokenizer
 from tunesmith.config import LoraConfig, ModelConfig
 from tunesmith.errors import UserError
-from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora
 from tunesmith.models.load import blocks, load_model, value_head
 from tunesmith.models.probe import find_head, isolates_sequences, shares_prefixes
@@ -182,22 +181,25 @@ def test_tied_weights_that_a_checkpoint_has_twice(tmp_path: Path) -> None:
     assert torch.equal(model.get_input_embeddings().weight, other)
 
 
+def test_adapters_that_are_made_of_weights_say_so() -> None:
+    found = {name: Lora.starts_from_weights(LoraConfig(**settings)) for name, settings in STARTS.items()}
+    assert found == {"default": False, "dora": True, "pissa": True}
+
+
+STARTS: dict[str, dict[str, Any]] = {"default": {}, "dora": {"dora": True}, "pissa": {"init": "pissa"}}
+
+
 def test_what_has_to_be_loaded_whole_says_why(tmp_path: Path) -> None:
     folder = folder_of("llama", tmp_path)
-    assert why_whole(config_of(folder), Full, None) == ""
-    assert why_whole(config_of(folder), Lora, LoraConfig()) == ""
-    for settings in ({"dora": True}, {"init": "pissa"}):
-        assert why_whole(config_of(folder), Lora, LoraConfig(**settings)) == (
-            "the adapters' start is computed from whole weights"
-        )
+    assert why_whole(config_of(folder)) == ""
     settings = json.loads((folder / "config.json").read_text())
     quantized = tmp_path / "quantized"
     shutil.copytree(folder, quantized)
     (quantized / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "fp8"}}))
-    assert why_whole(config_of(quantized), Full, None) == "its weights are unpacked on loading"
+    assert why_whole(config_of(quantized)) == "its weights are unpacked on loading"
     torch.save(files_of(folder), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    assert "no *.safetensors" in why_whole(config_of(folder), Full, None)
+    assert "no *.safetensors" in why_whole(config_of(folder))
 
 
 def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.engines.checkpoint import checkpoints, load_newest, save_checkpoint
+from tunesmith.engines import single
+from tunesmith.engines.checkpoint import NotWritten, checkpoints, load_newest, save_checkpoint
 from tunesmith.errors import UserError
 from tunesmith.run import train
+from tunesmith.run_folder import read_events
 
 
 def state(value: float) -> dict[str, Any]:
@@ -129,3 +132,53 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) ->
     save_checkpoint(tmp_path, 3, state(3), keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-2", "step-3"]
     assert load_newest(tmp_path, pytest.fail)[0] == 3
+
+
+def events(config: RunConfig, kind: str) -> list[int]:
+    return [event["step"] for event in read_events(Path(config.output) / "events.jsonl") if event["event"] == kind]
+
+
+@pytest.mark.parametrize("method", ["full", "chunk"])
+def test_training_goes_on_while_a_checkpoint_is_written(
+    make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    settings = {"method": {"name": method, **({"num_chunks": 2, "row_alignment": 8} if method == "chunk" else {})}}
+    waiting = make_config(**settings, checkpoint={"every_steps": 2, "keep": 9}, output=str(tmp_path / "waiting"))
+    beside = make_config(**settings, checkpoint={"every_steps": 2, "keep": 9, "asynchronous": True})
+    train(waiting)
+
+    def write(folder: Path, step: int, *rest: Any) -> Path:
+        deadline = time.monotonic() + 60
+        while step == 2 and 3 not in events(beside, "step"):
+            assert time.monotonic() < deadline, "step 3 waits for the checkpoint of step 2"
+            time.sleep(0.01)
+        return save_checkpoint(folder, step, *rest)
+
+    monkeypatch.setattr(single, "save_checkpoint", write)
+    train(beside)
+    for step in (2, 4):
+        files = [Path(config.output) / f"checkpoints/step-{step}/state.pt" for config in (waiting, beside)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert events(beside, "checkpoint") == [2, 4]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_checkpoint_that_fails_stops_the_run_or_is_told(
+    make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
+) -> None:
+    def write(folder: Path, step: int, *rest: Any) -> Path:
+        if step == 2:
+            raise NotWritten(folder / "step-2", "No space left on device")
+        return save_checkpoint(folder, step, *rest)
+
+    monkeypatch.setattr(single, "save_checkpoint", write)
+    section = {"every_steps": 2, "asynchronous": beside}
+    strict = make_config(checkpoint=section)
+    with pytest.raises(UserError, match="step-2: the checkpoint could not be written: No space left on device"):
+        train(strict)
+    assert 4 not in events(strict, "step")
+    lenient = make_config(checkpoint={**section, "on_failure": "continue"}, output=str(tmp_path / "lenient"))
+    assert train(lenient).finished
+    assert events(lenient, "checkpoint_failed") == [2]
+    assert events(lenient, "checkpoint") == [4]
+    assert [path.name for path in checkpoints(tmp_path / "lenient/checkpoints")] == ["step-4"]

@@ -7,52 +7,47 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tunesmith.errors import UserError
 
 STATE, SEAL = "state.pt", "checkpoint.json"
 
+Room = Callable[[tuple[Any, ...], Tensor], Tensor]
+"""(keys and indices that lead to a tensor in the saved state, its shape and type) → what it is read into."""
+
+
+class NotWritten(UserError):
+    """A checkpoint that could not be written. Nothing is lost but itself."""
+
+    def __init__(self, final: Path, why: str) -> None:
+        free = shutil.disk_usage(next(path for path in final.parents if path.exists())).free
+        self.what = f"{final}: the checkpoint could not be written: {why} ({free / 2**20:.0f} MiB free on that disk)"
+        super().__init__(f"{self.what}; the checkpoints before it are intact: make room, then go on with --resume")
+
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-N` and remove all but the newest `keep`. Raises UserError, with nothing lost, if it cannot."""
+    """Write `folder/step-N` and remove all but the newest `keep`. Raises NotWritten, with nothing lost, if it cannot."""
     final = folder / f"step-{step}"
     try:
-        aside = _begin(folder, step)
+        aside = begin(folder, step)
         with (aside / STATE).open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        _finish(aside, final, step)
+        finish(aside, final, step, sums(aside, [STATE]), keep)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         shutil.rmtree(folder / f".writing-{step}", ignore_errors=True)
-        raise _not_written(final, error) from error
-    _keep(folder, keep)
+        raise NotWritten(final, first_line(error)) from error
     return final
 
 
-def save_parts(folder: Path, step: int, state: dict[str, Any], keep: int, rank: int) -> Path:
-    """The same where each rank holds a part of the state, and writes it; all of them must call this."""
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-
-    final = folder / f"step-{step}"
-    if rank == 0:
-        _begin(folder, step)
-    dist.barrier()
-    dcp.save(state, checkpoint_id=folder / f".writing-{step}")
-    if rank == 0:
-        _finish(folder / f".writing-{step}", final, step)
-        _keep(folder, keep)
-    dist.barrier()
-    return final
-
-
-def _begin(folder: Path, step: int) -> Path:
+def begin(folder: Path, step: int) -> Path:
     """An empty folder beside the checkpoints."""
     aside = folder / f".writing-{step}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,26 +57,24 @@ def _begin(folder: Path, step: int) -> Path:
     return aside
 
 
-def _finish(aside: Path, final: Path, step: int) -> None:
-    """Seal what has been written, and put it in place."""
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(aside.iterdir())}
-    _write_and_flush(aside / SEAL, json.dumps({"step": step, "files": files}) + "\n")
-    _remove(final)
+def sums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What the seal says of files."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(names)}
+
+
+def finish(aside: Path, final: Path, step: int, files: Mapping[str, Any], keep: int) -> None:
+    """Seal what has been written, put it in place, and let the oldest ones go."""
+    _write_and_flush(aside / SEAL, json.dumps({"step": step, "files": dict(files)}) + "\n")
+    _flush_folder(aside)
+    remove(final)
     aside.rename(final)
     _flush_folder(final.parent)
+    for old in checkpoints(final.parent)[:-keep]:
+        remove(old)
 
 
-def _not_written(final: Path, error: Exception) -> UserError:
-    free = shutil.disk_usage(next(path for path in final.parents if path.exists())).free
-    return UserError(
-        f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]} ({free / 2**20:.0f} MiB free on that "
-        "disk); the checkpoints before it are intact: make room, then go on with --resume"
-    )
-
-
-def _keep(folder: Path, number: int) -> None:
-    for old in checkpoints(folder)[:-number]:
-        _remove(old)
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -90,39 +83,46 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def load_newest(folder: Path, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
-    """(step, state) of the newest checkpoint that is whole; None if there is none at all.
+def load_newest(
+    folder: Path, warn: Callable[[str], None], room: Room = lambda _, x: torch.empty_like(x, device="cpu")
+) -> tuple[int, dict[str, Any]] | None:
+    """(step, state) of the newest checkpoint that is whole; None if there is none at all. What several ranks have written is
+    read into `room`.
 
     A damaged one is passed over with a warning. Raises UserError if all are damaged.
     """
     damaged: list[Path] = []
     for path in reversed(checkpoints(folder)):
-        problem, step = _check(path)
+        problem, step = check(path)
         if problem is None:
             for spoilt in damaged:  # else it would count among the newest that are kept
-                _remove(spoilt)
-            return step, _read(path)
+                remove(spoilt)
+            return step, _read(path, room)
         damaged.append(path)
-        warn(f"{path}: damaged ({problem}); falling back to the checkpoint before it")
+        warn(passed_over(path, problem))
     if damaged:
-        raise UserError(f"{folder}: every checkpoint is damaged; start the run again in another output folder")
+        raise all_damaged(folder)
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The state in whole tensors, whoever wrote it."""
+def passed_over(path: Path, problem: str) -> str:
+    return f"{path}: damaged ({problem}); falling back to the checkpoint before it"
+
+
+def all_damaged(folder: Path) -> UserError:
+    return UserError(f"{folder}: every checkpoint is damaged; start the run again in another output folder")
+
+
+def _read(path: Path, room: Room) -> dict[str, Any]:
     if (path / STATE).is_file():
         return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+    from tunesmith.engines.parts import read_parts  # only where several ranks have been at work
 
-    state: dict[str, Any] = {}
-    _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return state
+    return read_parts(path, room, None)
 
 
-def _check(path: Path) -> tuple[str | None, int]:
+def check(path: Path, part: slice = slice(None)) -> tuple[str | None, int]:
+    """(what is wrong with a checkpoint, its step). Of its files those in `part` are read, where ranks share them out."""
     try:
         seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
         files = seal.get("files") or {STATE: {"bytes": seal["bytes"], "sha256": seal["sha256"]}}
@@ -130,13 +130,17 @@ def _check(path: Path) -> tuple[str | None, int]:
         expected = {name: (of_file["bytes"], of_file["sha256"]) for name, of_file in files.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return f"{SEAL} is missing or unreadable", -1
-    for name, (size, digest) in expected.items():
-        file = path / name
+    for name in sorted(expected)[part]:
+        file, (size, digest) = path / name, expected[name]
         if not file.is_file():
             return f"{name} is missing", -1
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}", -1
-        if _sha256(file) != digest:
+        try:
+            found = _sha256(file)
+        except OSError as error:  # of a disk that fails
+            return f"{name} cannot be read: {error.strerror}", -1
+        if found != digest:
             return f"the hash of {name} is wrong", -1
     return None, step
 
@@ -161,7 +165,7 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Rename first: a crash while deleting must not leave half a checkpoint under a good name."""
     if path.exists():
         doomed = path.with_name(f".removing-{path.name}")

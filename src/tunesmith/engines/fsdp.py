@@ -9,6 +9,8 @@ and never means.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
@@ -28,16 +30,26 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import register_dataclass
 
-from tunesmith.config import RunConfig
-from tunesmith.engines.checkpoint import save_parts
+from tunesmith.config import ModelConfig, RunConfig
+from tunesmith.engines.checkpoint import Room
 from tunesmith.engines.collective import Collective
+from tunesmith.engines.context import ContextParallel, Cut
+from tunesmith.engines.context_check import check_architecture, check_cut
 from tunesmith.engines.group import Group
+from tunesmith.engines.parts import load_parts, save_parts
 from tunesmith.engines.place import place
 from tunesmith.engines.single import SingleEngine
 from tunesmith.engines.tensor_parallel import check_replicated, check_tensor_parallel, tensor_parallel
 from tunesmith.errors import UserError
-from tunesmith.models.load import blocks, load_config
-from tunesmith.tensors import local_part, whole
+from tunesmith.models.head import Head
+from tunesmith.models.load import HeadKind, blocks, load_config
+from tunesmith.models.probe import find_head
+from tunesmith.models.save import save_adapter, save_sharded
+from tunesmith.models.score import ALL, Columns
+from tunesmith.models.sharded import Checkpoint, empty_model, why_whole
+from tunesmith.models.sibling import sibling
+from tunesmith.plan.activations import Activations
+from tunesmith.tensors import local_part
 from tunesmith.types import Batch, Scores
 
 PRECISIONS = ("mixed", "bf16", "fp32")
@@ -65,7 +77,7 @@ class FsdpEngine(SingleEngine):
         if self.device.type != "cpu" and self.device.index is None:
             self.device = torch.device(self.device.type, here.local_rank % torch.accelerator.device_count())
             torch.accelerator.set_device_index(self.device.index)
-        self.group = Collective(self.device, config.timeout_s)
+        self.group: Collective = Collective(self.device, config.timeout_s)
         self.precision = PRECISIONS[self.group.agree(PRECISIONS.index(self.precision))]  # found by measuring
         self.lay_out(here.world)
 
@@ -80,26 +92,28 @@ class FsdpEngine(SingleEngine):
         self.compiles_dynamic = tensor == 1  # torch 2.13 compiles no cut layers for changing shapes
         self.data_group = of_batches.get_group("data")
         self.rank, self.world = of_batches.get_local_rank("data"), replicate * shard
+        self.context = ContextParallel(of_batches.get_group("context"), self.device) if context > 1 else None
+        self.has_whole_rows = self.context is None
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
         shape = cls.check_settings(config, place().world)
         if shape[3] > 1:
             check_tensor_parallel(load_config(config.model), shape[3])
+        if shape[2] > 1:
+            check_architecture(load_config(config.model), config.model.attention)
 
     @classmethod
     def check_settings(cls, config: RunConfig, world: int) -> tuple[int, int, int, int]:
         """What can be known without the architecture; returns the mesh's shape. Raises UserError."""
         engine: Any = config.engine
         method: Any = config.method
-        optimizer = config.optimizer.name
         shape = mesh_shape(engine, world)
         refused = {
             "method.init: pissa": getattr(method, "init", "") == "pissa",
             "method.weights: stream": getattr(method, "weights", "") == "stream",
             "method.memory": getattr(method, "memory", None) is not None,
             "method.dora with engine.tensor_parallel": shape[3] > 1 and getattr(method, "dora", False),
-            f"optimizer: {optimizer}": optimizer in ("adafactor", "adamw8bit") and shape[1:] != (1, 1, 1),
         }
         for setting, is_asked in refused.items():
             if is_asked:
@@ -108,14 +122,46 @@ class FsdpEngine(SingleEngine):
                 )
         return shape
 
+    checkpoint: Checkpoint | None = None
+    """Of a model that has been loaded without its weights, until they are read."""
+
+    def load(
+        self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
+        needs_weights: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        if not self.is_sharded or needs_weights or why_whole(config):
+            return super().load(config, dtype, head, num_labels)
+        model, self.checkpoint = empty_model(config, dtype, head, num_labels)
+        self.small = sibling(model)
+        return model, self.small
+
+    def adapting(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self.checkpoint is None else self.checkpoint.standing_in(model)
+
     def place(self, model: Any) -> Any:
-        """As on a single device, and then cut the weights."""
+        """As on a single device, and then cut the weights; those that are not there yet are read when they are cut."""
+        if self.context is not None:
+            self.context.attach(model)
         super().place(model)
         model.inside = MethodType(_call, model)
         self.partial = tensor_parallel(model, self.mesh["tensor"])
         if self.is_sharded:
             self._shard(model)
+        if self.checkpoint is not None:
+            on_host = torch.device("cpu") if self.config.cpu_offload else self.device
+            self.checkpoint.fill(model, on_host, buffers=self.device)
+            self.checkpoint, self.small = None, None
+        if self.context is not None:
+            context = self.context
+            self._run(model, lambda: check_cut(model, self.head, context))
+            self.let_go(model)
         return model
+
+    def _head_of(self, model: Any) -> Head:
+        if self.checkpoint is None:
+            return super()._head_of(model)
+        small = find_head(self.small)
+        return small if small.linear is None else replace(small, linear=model.get_output_embeddings())
 
     def _move(self, model: Any) -> None:
         if not self.is_sharded:  # FSDP moves no more than a rank's part
@@ -148,6 +194,12 @@ class FsdpEngine(SingleEngine):
                 module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(model, "inside")
 
+    def activations(self, model: Any, rows: int, tokens: int) -> Activations:
+        return super().activations(model, rows, -(-tokens // self.config.context_parallel))
+
+    def columns(self, batch: Batch) -> Columns:
+        return ALL if self.context is None else Cut(self.context, batch)
+
     def _run(self, model: Any, compute: Callable[[], Found]) -> Found:
         with self._autocast():
             found: Found = model.inside(compute)
@@ -175,21 +227,31 @@ class FsdpEngine(SingleEngine):
         return {name: piece.view(x.shape).to(x.dtype) for (name, x), piece in zip(numbers.items(), pieces, strict=True)}
 
     def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-        save_parts(folder, step, state, keep, self.group.rank)
+        save_parts(folder, step, state, keep, self.group.writers)
+
+    def load_checkpoint(
+        self, folder: Path, warn: Callable[[str], None], room: Room
+    ) -> tuple[int, dict[str, Any]] | None:
+        return load_parts(folder, warn, room, self.group.writers)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Ranks that read the same columns of the same rows, and share the inside of layers out, drop the same."""
+        part = 0 if self.context is None else self.context.rank
+        super().seed(seed + self.rank * self.config.context_parallel + part, step)
+        self.group.at(step + 1, "training")
 
     def let_go(self, model: Any) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def gathered(self, model: Any) -> dict[str, Tensor] | None:
+    def save_model(self, model: Any, folder: Path) -> None:
         self.let_go(model)
-        state = {}
-        for name, x in model.state_dict().items():
-            x = whole(x)  # one at a time
-            if self.group.rank == 0:
-                state[name] = x.cpu()
-        return state
+        save_sharded(model, folder, self.group.rank, self.group.world)
+
+    def save_adapter(self, peft_model: Any, folder: Path) -> None:
+        self.let_go(peft_model)
+        save_adapter(peft_model, folder, self.group.rank)
 
     def reduce(self, grads: Mapping[str, Tensor]) -> None:
         """Sum what FSDP has not: over parts of the batch the gradients of weights that every rank holds whole, and over parts
@@ -207,10 +269,6 @@ class FsdpEngine(SingleEngine):
 
     def _sum_all(self, tensors: list[Tensor]) -> None:
         dist.all_reduce_coalesced(tensors, group=self.data_group)
-
-    def seed(self, seed: int, step: int) -> None:
-        """Ranks that read the same rows, and share the inside of layers out, drop the same."""
-        super().seed(seed + self.rank, step)
 
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         squares: dict[tuple[str, ...], Tensor] = {}

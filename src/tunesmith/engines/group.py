@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tunesmith.errors import UserError
@@ -36,6 +37,12 @@ class Group:
     def one_first(self) -> Iterator[None]:
         """Of the ranks of a machine one does what is inside before the others, who find in the cache what it has made."""
         yield
+
+    def check_shared(self, folder: Path) -> None:
+        """Raises UserError where ranks must share a folder, and some do not see what rank 0 writes there."""
+
+    def at(self, step: int, doing: str) -> None:
+        """Let the others know how far this rank has come, so that those who wait for it in vain can tell."""
 
     def hand_over(self, give: Callable[[], bytes], take: Callable[[bytes], None]) -> None:
         """What rank 0 gives, taken by all others before any of them goes on."""

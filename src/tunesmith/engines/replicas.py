@@ -16,7 +16,7 @@ import torch
 from tunesmith.engines.group import Group, check_alike
 from tunesmith.engines.place import place
 from tunesmith.engines.single import SingleEngine
-from tunesmith.errors import UserError
+from tunesmith.errors import PeerError
 
 START_S = 600.0
 """How long ranks wait for each other at the start, while some still read data."""
@@ -36,7 +36,8 @@ class Star(Group):
     """
 
     def __init__(self, timeout_s: float, check_every: int) -> None:
-        self.rank, self.world, _ = place()
+        here = place()
+        self.rank, self.world = here.rank, here.world
         self.ranks = (self.rank,)
         self.timeout_s, self.check_every = timeout_s, check_every
         self.store: Any = None
@@ -59,7 +60,7 @@ class Star(Group):
         try:
             answers = self._exchange(dict(facts), START_S)
             if missing := ", ".join(str(rank) for rank in range(self.world) if rank not in answers):
-                raise UserError(
+                raise PeerError(
                     f"engine: replicas: of {self.world} ranks {missing} did not come within {START_S:g} s; "
                     "see what they say, and start all again"
                 )
@@ -103,13 +104,13 @@ class Star(Group):
             text = self._collect(own, timeout_s) if self.rank == 0 else self._ask(own, timeout_s)
         except DistNetworkError as error:
             self.store = None
-            raise UserError(
+            raise PeerError(
                 "rank 0 is gone, which keeps the run's log: the run has stopped; go on with it from there with --resume"
             ) from error
         found = {int(rank): answer for rank, answer in json.loads(text).items()}
         if "left" in found[0]:
             self.store = None
-            raise UserError(f"rank 0 ended: {found[0]['left']}")
+            raise PeerError(f"rank 0 ended: {found[0]['left']}")
         if self.rank not in found:
             raise self._dropped()
         self.ranks = tuple(found)
@@ -144,7 +145,7 @@ class Star(Group):
             if self._arrives(str(self.round), min(SLICE_S, deadline - monotonic())):
                 return self.store.get(str(self.round)).decode()
             if monotonic() >= deadline:
-                raise UserError(
+                raise PeerError(
                     f"rank 0 has said nothing for {2 * timeout_s + GRACE_S:g} s: the run has stopped; go on with it with "
                     "--resume, and if rank 0 was only slow, raise engine.timeout_s"
                 )
@@ -169,9 +170,9 @@ class Star(Group):
         self.store.set(f"dropped/{rank}", why)
         self.lost.append((rank, why))
 
-    def _dropped(self) -> UserError:
+    def _dropped(self) -> PeerError:
         self.store = None
-        return UserError(
+        return PeerError(
             f"rank {self.rank} came too late and was dropped; the others go on without it. If it is only slow, raise "
             f"engine.timeout_s (now {self.timeout_s:g}); it can take part again when the run is resumed"
         )
@@ -217,15 +218,16 @@ def _connect(rank: int, world: int) -> Any:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = TCPStore(
-            host, port, is_master=rank == 0 and not is_kept, timeout=timedelta(seconds=START_S), wait_for_workers=False
-        )
+        store = TCPStore(  # of several tenants: where rank 0 has a process group, that has its store at this address already
+            host, port, is_master=rank == 0 and not is_kept, timeout=timedelta(seconds=START_S), wait_for_workers=False,
+            multi_tenant=True,
+        )  # fmt: skip
     except DistError as error:
-        raise UserError(
+        raise PeerError(
             f"engine: replicas: rank {rank} of {world} did not meet the others at {host}:{port}: {str(error).splitlines()[0]}; "
             "see that rank 0 runs, and that MASTER_ADDR and MASTER_PORT lead to a free port of its machine"
         ) from error
+    if not is_kept:
+        return PrefixStore("tunesmith", store)
     attempt = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
-    return PrefixStore(
-        f"tunesmith/{attempt}", store
-    )  # torchrun keeps the store, and what an earlier attempt left in it
+    return PrefixStore(f"tunesmith/{attempt}", store)  # there lies still what an earlier attempt has left

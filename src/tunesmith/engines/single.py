@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -11,14 +12,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from tunesmith.config import RunConfig
-from tunesmith.engines.checkpoint import save_checkpoint
+from tunesmith.config import ModelConfig, RunConfig
+from tunesmith.engines.checkpoint import Room, load_newest, save_checkpoint
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.models.head import Head
-from tunesmith.models.load import blocks
+from tunesmith.models.load import HeadKind, blocks, load_model
 from tunesmith.models.probe import find_head
-from tunesmith.models.score import hidden_of_targets, score
+from tunesmith.models.score import ALL, Columns, hidden_of_targets, score
 from tunesmith.plan.activations import Activations, measure
 from tunesmith.types import Batch, Scores, Wanted
 
@@ -35,6 +36,8 @@ class SingleEngine:
     """Whether compiled blocks take batches of all shapes; else each shape is compiled anew."""
     rank, world = 0, 1
     """Of those among whom tensors are summed."""
+    has_whole_rows = True
+    """Whether all columns of a row go through the model on one rank."""
     group_kind: ClassVar[type[Group]] = Group
 
     def __init__(self, config: Any, precision: str, needs_fp32_weights: bool = False) -> None:
@@ -49,19 +52,34 @@ class SingleEngine:
     def check(cls, config: RunConfig) -> None:
         """Raises UserError for what this engine cannot run, before anything is loaded."""
 
+    def load(
+        self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
+        needs_weights: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """(the model, on the CPU or still without its weights; a model that answers the probes as it would).
+
+        needs_weights: that a method's adapters start from weights. Raises UserError.
+        """
+        model = load_model(config, dtype, head, num_labels)
+        return model, model
+
+    def adapting(self, model: Any) -> AbstractContextManager[None]:
+        """Inside, a method may put adapters into a model that has just been loaded."""
+        return nullcontext()
+
     def place(self, model: Any) -> Any:
         """Move to the device, learn the head's rule, and apply checkpointing and compilation, in this order."""
         self._move(model)
         model.eval()  # PEFT's new layers start in training mode: the probe compares two passes
         with self._autocast(), torch.no_grad():
-            self.head = self._find_head(model)
+            self.head = self._head_of(model)
         self.checkpoint_blocks(model, self.config.activation_checkpointing)
         if self.config.compile:
             for _, block in blocks(model):
                 block.compile(dynamic=self.compiles_dynamic)
         return model
 
-    def _find_head(self, model: Any) -> Head:
+    def _head_of(self, model: Any) -> Head:
         return find_head(model)
 
     def _move(self, model: Any) -> None:
@@ -87,11 +105,15 @@ class SingleEngine:
 
     def score(self, model: Any, batch: Batch, wanted: Wanted | None = None) -> Scores:
         """Log-probabilities of the batch's targets, and what else is wanted."""
-        return self._run(model, lambda: score(model, self.head, batch, wanted))
+        return self._run(model, lambda: score(model, self.head, batch, wanted, self.columns(batch)))
 
     def hidden(self, model: Any, batch: Batch) -> Tensor:
         """Hidden states from which the batch's targets are predicted, [N, D], row by row."""
-        return self._run(model, lambda: hidden_of_targets(model, self.head, batch))
+        return self._run(model, lambda: hidden_of_targets(model, self.head, batch, self.columns(batch)))
+
+    def columns(self, batch: Batch) -> Columns:
+        """What of the batch's rows goes through the model here."""
+        return ALL
 
     def _run(self, model: Any, compute: Callable[[], Found]) -> Found:
         """What `compute` says, which calls the model."""
@@ -130,16 +152,25 @@ class SingleEngine:
         return batch.split(tokens)
 
     def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-        """As `engines/checkpoint.py` says; where ranks hold parts of the state, all of them call this."""
+        """As `engines/checkpoint.py` says, in any thread; where ranks hold parts of the state, all of them call this."""
         save_checkpoint(folder, step, state, keep)
+
+    def load_checkpoint(
+        self, folder: Path, warn: Callable[[str], None], room: Room
+    ) -> tuple[int, dict[str, Any]] | None:
+        """(step, state) of the newest whole checkpoint, of which a rank reads its part; None if there is none."""
+        return load_newest(folder, warn, room)
 
     def let_go(self, model: Any) -> None:
         """Forget what has been gathered of weights that other ranks hold, since they have changed."""
 
-    def gathered(self, model: Any) -> dict[str, Tensor] | None:
-        """The model's state in whole tensors on the CPU, on rank 0 alone, where ranks hold parts of it; else None. All ranks
-        must ask for it."""
-        return None
+    def save_model(self, model: Any, folder: Path) -> None:
+        """Write what transformers loads as is. Where ranks hold parts of the model, all of them call this."""
+        model.save_pretrained(folder)
+
+    def save_adapter(self, peft_model: Any, folder: Path) -> None:
+        """The same of what PEFT loads."""
+        peft_model.save_pretrained(folder)
 
     def memory_bytes(self) -> int:
         """Peak of the accelerator's allocator; on the CPU what the process holds, which never falls (`keep_freed_memory`)."""

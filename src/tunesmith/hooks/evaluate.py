@@ -33,6 +33,7 @@ class Evaluate:
         if not self.batches or step in self.losses:
             return
         start = perf_counter()
+        learner.engine.group.at(step, "evaluation")
         metrics = {
             name: float(value) for name, value in learner.evaluate(self.objective, self.batches, self.helpers).items()
         }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
 from tunesmith.plan.activations import Activations
-from tunesmith.tensors import local_part, mesh_of, part_like
+from tunesmith.tensors import local_part, mesh_of, part_like, room_for
 from tunesmith.types import Batch, Memory, Scores, Wanted
 
 Metrics = dict[str, Tensor]
@@ -77,7 +77,8 @@ class EngineLike(Protocol):
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor: ...
     def reduce(self, grads: Mapping[str, Tensor]) -> None: ...
     def let_go(self, model: Any) -> None: ...
-    def gathered(self, model: Any) -> dict[str, Tensor] | None: ...
+    def save_model(self, model: Any, folder: Path) -> None: ...
+    def save_adapter(self, peft_model: Any, folder: Path) -> None: ...
     def economize(self) -> None: ...
     def held_bytes(self) -> int: ...
     def activations(self, model: Any, rows: int, tokens: int) -> Activations: ...
@@ -251,17 +252,23 @@ class Method:
         self.engine.let_go(self.model)
         self.optimizer.load_state_dict(saved["optimizer"])
 
+    def room(self, path: tuple[Any, ...], x: Tensor) -> Tensor:
+        """What a tensor of a saved state is read into, before `load_state_dict`: this rank's part of it, and of parameters
+        themselves. path: keys and indices that lead to it in the state; x: its shape and type."""
+        if path[0] == "parameters" and path[1] in self.params:
+            return self.params[path[1]].detach()
+        if path[0] == "optimizer" and path[2] in self.params:
+            return room_for(x, self.params[path[2]])
+        return torch.empty_like(x, device="cpu")
+
     def keep_log(self, file: Path, about: Mapping[str, Any], at_most: int) -> int | None:
         """For a method whose state is a log of its updates: keep it in this file from now on, and take those that it has beyond
         a checkpoint, up to so many in all. Returns the updates done; None for all other methods."""
         return None
 
-    def save(self, folder: Path | None) -> None:
-        """Write what transformers (or PEFT) loads as is. folder: None on ranks that only give their part of the weights."""
-        model: Any = self.model
-        state = self.engine.gathered(model)
-        if folder is not None:
-            model.save_pretrained(folder, state_dict=state)
+    def save(self, folder: Path) -> None:
+        """Write what transformers (or PEFT) loads as is."""
+        self.engine.save_model(self.model, folder)
 
 
 def matching(model: Any, patterns: Sequence[str], setting: str) -> set[int]:

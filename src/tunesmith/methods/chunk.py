@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.display import short_bytes, short_number
 from tunesmith.errors import UserError
@@ -24,7 +24,7 @@ from tunesmith.methods.trainee import Trainee, num_rows
 from tunesmith.methods.turns import Turns
 from tunesmith.models.load import blocks, head_kind, is_multimodal, value_head
 from tunesmith.models.slices import host_modules
-from tunesmith.tensors import mesh_of, part_like
+from tunesmith.tensors import mesh_of, part_like, room_for
 from tunesmith.types import Batch, Memory
 
 DEFAULT_CHUNKS = 16
@@ -236,7 +236,7 @@ class Chunk(Method):
         """Inside, all weights can be read and loaded."""
         return nullcontext() if self.stream is None else self.stream.aside()
 
-    def save(self, folder: Path | None) -> None:
+    def save(self, folder: Path) -> None:
         with self._readable():
             super().save(folder)
 
@@ -264,11 +264,18 @@ class Chunk(Method):
             parameters = {name: p.detach() for name, p in self.params.items()}
         return {"parameters": parameters, "updates": self.updates, "partition": self._signature(), "states": states}
 
+    def room(self, path: tuple[Any, ...], x: Tensor) -> Tensor:
+        name = str(path[1]).rpartition("[")[0]
+        if path[0] == "states" and name in self.params:  # they wait for their turn
+            return room_for(x, self.params[name], device="cpu")
+        return super().room(path, x)
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         if saved["partition"] != self._signature():
             raise UserError(
                 "method: the checkpoint was made with other chunks, whose optimizer states do not fit these; put back what "
-                "method.num_chunks, chunk_bytes, memory, row_alignment, always and frozen were, or start a new run"
+                "method.num_chunks, chunk_bytes, memory, row_alignment, always and frozen were, and one rank or several, since "
+                "weights are cut inside on one rank alone (method.layout: layers is the same on all); or start a new run"
             )
         for trainee in self.trainees:
             trainee.stop()

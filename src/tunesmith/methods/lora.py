@@ -112,13 +112,10 @@ class Lora(Method):
     def lr_multiple(self, name: str) -> float:
         return self.config.lr_ratio if "lora_B" in name or "lora_embedding_B" in name else 1.0
 
-    def save(self, folder: Path | None) -> None:
+    def save(self, folder: Path) -> None:
         if self.config.init != "pissa":
-            state = self.engine.gathered(self.peft_model)
-            if folder is not None:
-                self.peft_model.save_pretrained(folder, state_dict=state)
+            self.engine.save_adapter(self.peft_model, folder)
             return
-        assert folder is not None, "pissa runs on one rank"
         with tempfile.TemporaryDirectory() as start:
             trained = {name: p.detach().clone() for name, p in self.params.items()}
             assert self.start is not None, "bind keeps it"

@@ -114,13 +114,18 @@ class Optimizer:
             part.step()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        return [part.state_dict() for part in self.parts]
+        """Of each part the state by the parameters' names: how they are numbered and grouped is the ranks' business."""
+        return [{name: part.state[p] for name, p in _named(part).items() if p in part.state} for part in self.parts]
 
     def load_state_dict(self, saved: list[dict[str, Any]]) -> None:
         for part, state in zip(self.parts, saved, strict=True):
-            params = [p for group in part.param_groups for p in group["params"]]
-            cut = {n: {name: _like(x, params[n]) for name, x in of_p.items()} for n, of_p in state["state"].items()}
-            part.load_state_dict({**state, "state": cut})
+            params = _named(part)
+            numbered = {
+                n: {key: _like(x, p) for key, x in state[name].items()}
+                for n, (name, p) in enumerate(params.items())
+                if name in state
+            }
+            part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
 
 
 def build_optimizer(config: Any, params: Mapping[str, Tensor], lr_multiple: Callable[[str], float]) -> Optimizer:
@@ -141,6 +146,13 @@ def optimizer_bytes(config: Any, shapes: Mapping[str, tuple[int, int]]) -> int:
     """Bytes of state for parameters of the given (elements, bytes per element)."""
     per_element = STATE_BYTES_PER_ELEMENT[config.name]
     return round(sum(elements * per_element(config, name, size) for name, (elements, size) in shapes.items()))
+
+
+def _named(part: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters by name, in the order in which torch numbers them."""
+    return {
+        name: p for group in part.param_groups for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
 
 
 def _like(x: Any, p: Tensor) -> Any:

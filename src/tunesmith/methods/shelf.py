@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.errors import UserError
-from tunesmith.tensors import local_part
+from tunesmith.tensors import laid_out, layout_of, local_part
 
 BLOCK = 256
 """Numbers that share a scale in 8 bits."""
@@ -26,14 +27,15 @@ class Shelf:
         self.device, self.eight_bit = device, eight_bit
         self.file = TensorFile() if on_disk else None
         self.kept: dict[str, State] = {}
+        self.layouts: dict[str, dict[str, Any]] = {}
         self.ahead: dict[str, tuple[State, torch.cuda.Event]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.leaving: list[torch.cuda.Event] = []
 
     def put(self, key: str, state: Mapping[str, Tensor]) -> None:
-        """Take a state off the device, or this rank's part of it. What the device holds of it is free once the copy is done."""
+        """Take a state off the device. What the device holds of it is free once the copy is done."""
         self.ahead.pop(key, None)
-        state = {name: local_part(x) for name, x in state.items()}
+        state = self._own(key, state)
         packed = _packed(state) if self.eight_bit else dict(state)
         if self.file is not None:
             self.kept[key] = {name: self.file.keep(f"{key} {name}", x) for name, x in packed.items()}
@@ -77,21 +79,30 @@ class Shelf:
             current.wait_event(done)
             for x in found.values():
                 x.record_stream(current)
-        return _unpacked(found) if self.eight_bit else found
+        return self._laid_out(key, _unpacked(found) if self.eight_bit else found)
 
     def state_dict(self) -> dict[str, State]:
         """All that waits, as it is kept (8-bit states stay so)."""
         self._settle(keep=0)
-        return dict(self.kept)
+        return {key: self._laid_out(key, state) for key, state in self.kept.items()}
 
     def load_state_dict(self, saved: Mapping[str, State]) -> None:
-        self.kept, self.ahead = {}, {}
-        for key, state in saved.items():
+        self.kept, self.ahead, self.layouts = {}, {}, {}
+        for key, state in ((key, self._own(key, state)) for key, state in saved.items()):
             if self.file is not None:
                 self.kept[key] = {name: self.file.keep(f"{key} {name}", x) for name, x in state.items()}
             else:
                 pin = self.stream is not None
                 self.kept[key] = {name: x.pin_memory() if pin else x.clone() for name, x in state.items()}
+
+    def _own(self, key: str, state: Mapping[str, Tensor]) -> State:
+        """Of tensors that ranks share the parts that are here."""
+        self.layouts[key] = {name: layout_of(x) for name, x in state.items()}
+        return {name: local_part(x.detach()) for name, x in state.items()}
+
+    def _laid_out(self, key: str, state: State) -> State:
+        """The inverse."""
+        return {name: laid_out(x, self.layouts[key].get(name)) for name, x in state.items()}
 
     def _settle(self, keep: int) -> None:
         """Wait until at most `keep` states are on their way off the device."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tunesmith.methods.optim import build_optimizer
 from tunesmith.methods.partition import Span
 from tunesmith.models.slices import train_rows
-from tunesmith.tensors import as_part
+from tunesmith.tensors import mesh_of
 
 
 class Trainee:
@@ -44,11 +44,10 @@ class Trainee:
         moments = {name: x for name, x in state.items() if name != "master"}
         self.master = self.leaf
         if self.leaf.element_size() < 4:
-            own = as_part(state["master"], self.leaf) if "master" in state else self.leaf.detach().float()
-            self.master = nn.Parameter(own)
+            self.master = nn.Parameter(state["master"] if "master" in state else self.leaf.detach().float())
         self.optimizer = build_optimizer(optimizer_config, {span.name: self.master}, lambda _: 1.0)
         if moments:
-            self.optimizer.parts[0].state[self.master] = {name: as_part(x, self.master) for name, x in moments.items()}
+            self.optimizer.parts[0].state[self.master] = moments
         if self.has_copy and stochastic:
             self._let_copy_go()
 
@@ -65,10 +64,10 @@ class Trainee:
         return state
 
     def expect(self, several: bool) -> None:
-        """Prepare for the gradients of one micro-batch, or of several: their sum is no 16-bit number."""
+        """Prepare for the gradients of one micro-batch, or of several: their sum is no 16-bit number, unless FSDP makes it."""
         self.leaf.grad = None
         if self.has_copy:
-            self.leaf.grad_dtype = torch.float32 if several else self.leaf.dtype
+            self.leaf.grad_dtype = torch.float32 if several and mesh_of(self.leaf) is None else self.leaf.dtype
 
     @torch.no_grad()
     def update(self, lr: float) -> None:

@@ -314,7 +314,7 @@ class Zeroth(Method):
         with self.directions.off(), super().at_start():
             yield
 
-    def save(self, folder: Path | None) -> None:
+    def save(self, folder: Path) -> None:
         if self.adapter is not None:
             self.adapter.save(folder)
             return

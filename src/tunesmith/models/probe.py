@@ -146,4 +146,9 @@ def _tokens(model: Any) -> Tensor:
 
 
 def _tolerance(model: Any) -> float:
-    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 2e-2)
+    return tolerance(model.dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """By how much numbers near 1 may differ that were computed in another order."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)

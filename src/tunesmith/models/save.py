@@ -16,6 +16,7 @@ from torch import Tensor
 from tunesmith.errors import UserError
 from tunesmith.models.conversion import Piece, empty_like, saving_pieces
 from tunesmith.models.tensor_files import TensorWriter
+from tunesmith.tensors import whole
 
 FILE_BYTES = 5 * 10**9
 """At most so much goes into a file (one tensor, if that is more)."""
@@ -23,13 +24,6 @@ INDEX = "model.safetensors.index.json"
 
 Gather = Callable[[Tensor], Tensor]
 Exchange = Callable[[str], list[str]]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, wherever its parts are. Every rank that has a part must call it."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def exchange_texts(text: str) -> list[str]:

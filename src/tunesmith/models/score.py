@@ -41,17 +41,51 @@ class Places:
         return zeros.index_put((self.row_N, self.column_N), x_N)
 
 
-def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = None) -> Scores:
+class Columns:
+    """Which columns of a batch's rows go through the model here, and how what is said of all of them comes together.
+
+    All of them; base of those that share the columns out over ranks.
+    """
+
+    def run(self, model: nn.Module, module: nn.Module, batch: Batch, **more: Any) -> Any:
+        """What a module of the model (the decoder, or itself) says of these columns."""
+        return module(**_inputs(model, batch), **more)
+
+    def here(self, places: Places) -> Places:
+        """The targets that are predicted from these columns; `before_N` then counts among them."""
+        return places
+
+    def of(self, x_BT: Tensor, fill: int = 0) -> Tensor:
+        """These columns of a tensor; `fill` in those beyond its end."""
+        return x_BT
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over those that have the other columns, all of which then go on with the same loss."""
+        return x
+
+    def spread(self, x_BTC: Tensor) -> Tensor:
+        """All columns, from those of each."""
+        return x_BTC
+
+    def all_targets(self, x_ND: Tensor, places: Places) -> Tensor:
+        """For all targets, row by row, what each says of its own."""
+        return x_ND
+
+
+ALL = Columns()
+
+
+def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = None, columns: Columns = ALL) -> Scores:
     """Score a batch. Numbers about tokens are 0 where the batch's weight is 0: nothing is computed there."""
     wanted = wanted or Wanted()
     if wanted.generate is not None:
         nothing_BT = torch.zeros(batch.tokens_BT.shape, device=batch.tokens_BT.device)
         return Scores(nothing_BT, generated_NG=greedy_answers(model, batch, wanted.generate))
     noise = wanted.embedding_noise if model.training else 0.0
-    with _noisy_embeddings(model, batch, noise):
+    with _noisy_embeddings(model, batch, noise, columns):
         if wanted.values:
-            return _values(model, batch)
-        places = target_places(batch)
+            return _values(model, batch, columns)
+        places = columns.here(target_places(batch))
         targets = targets_of(batch, wanted, places)
         router: list[Tensor] = []
         if head.linear is None:
@@ -59,18 +93,19 @@ def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = No
                 raise UserError(
                     f"objective.router_loss: {type(model).__name__} makes its logits by a rule of its own; set it to 0"
                 )
-            main_N, others = targets.of_logits(at_least_fp32(_model_logits(model, batch, places)))
+            main_N, others = targets.of_logits(at_least_fp32(_model_logits(model, batch, places, columns)))
         else:
-            hidden_ND = _hidden_of_targets(model, head, batch, places, router if wanted.router else None)
+            hidden_ND = _hidden_of_targets(model, head, batch, places, columns, router if wanted.router else None)
             main_N, others = score_targets(hidden_ND, head, targets)
-    scores = scores_of(main_N, others, wanted, places, batch)
-    return replace(scores, balance_N=_balance(router, batch, _experts_per_token(model))) if router else scores
+    scores = scores_of(main_N, others, wanted, places, batch, columns)
+    return replace(scores, balance_N=_balance(router, batch, _experts_per_token(model), columns)) if router else scores
 
 
-def scores_of(main_N: Tensor, others: Tensor, wanted: Wanted, places: Places, batch: Batch) -> Scores:
+def scores_of(
+    main_N: Tensor, others: Tensor, wanted: Wanted, places: Places, batch: Batch, columns: Columns = ALL
+) -> Scores:
     """What `Targets.of_logits` says of the targets, put in their places in the batch."""
-    main_BT = places.spread(main_N, batch.tokens_BT)
-    rest = [places.spread(other, batch.tokens_BT) for other in others]
+    main_BT, *rest = (columns.sum(places.spread(x_N, batch.tokens_BT)) for x_N in (main_N, *others))
     logprobs_BT = main_BT if wanted.token_loss is None else rest.pop(0)
     return Scores(
         logprobs_BT,
@@ -85,9 +120,10 @@ def targets_of(batch: Batch, wanted: Wanted, places: Places) -> Targets:
     return Targets(places.of(batch.tokens_BT), wanted, columns, places.of(batch.weights_BT))
 
 
-def hidden_of_targets(model: nn.Module, head: Head, batch: Batch) -> Tensor:
+def hidden_of_targets(model: nn.Module, head: Head, batch: Batch, columns: Columns = ALL) -> Tensor:
     """Hidden states [N, D] from which the targets are predicted, row by row."""
-    return _hidden_of_targets(model, head, batch, target_places(batch), None)
+    places = target_places(batch)
+    return columns.all_targets(_hidden_of_targets(model, head, batch, columns.here(places), columns, None), places)
 
 
 def target_places(batch: Batch) -> Places:
@@ -112,45 +148,43 @@ def _start_columns(batch: Batch) -> Tensor:
 
 
 def _hidden_of_targets(
-    model: nn.Module, head: Head, batch: Batch, places: Places, router: list[Tensor] | None
+    model: nn.Module, head: Head, batch: Batch, places: Places, columns: Columns, router: list[Tensor] | None
 ) -> Tensor:
-    """As `hidden_of_targets`; a mixture of experts leaves its routers' logits in `router`."""
-    inputs = _inputs(model, batch)
+    """Of the targets that are here; a mixture of experts leaves its routers' logits in `router`."""
     if any(batch.media_N):
-        hidden_BTD = hidden_before_head(model, head.linear, inputs)  # type: ignore[arg-type]
+        hidden_BTD = hidden_before_head(model, head.linear, _inputs(model, batch))  # type: ignore[arg-type]
     elif router is None:
-        hidden_BTD = decoder_of(model)(**inputs)[0]
+        hidden_BTD = columns.run(model, decoder_of(model), batch)[0]
     else:
-        outputs = decoder_of(model)(**inputs, output_router_logits=True)
+        outputs = columns.run(model, decoder_of(model), batch, output_router_logits=True)
         hidden_BTD = outputs[0]
         router += outputs.router_logits
     return hidden_BTD[places.row_N, places.before_N]
 
 
-def _values(model: nn.Module, batch: Batch) -> Scores:
-    hidden_BTD = decoder_of(model)(**_inputs(model, batch))[0]
+def _values(model: nn.Module, batch: Batch, columns: Columns) -> Scores:
+    hidden_BTD = columns.run(model, decoder_of(model), batch)[0]
     module = value_head(model)
     weight: Any = module.weight  # under lora in fp32, whatever the model's dtype
     with torch.autocast(hidden_BTD.device.type, enabled=False):
-        values_BTC = at_least_fp32(module(hidden_BTD.to(weight.dtype)))
+        values_BTC = columns.spread(at_least_fp32(module(hidden_BTD.to(weight.dtype))))
     return Scores(torch.zeros_like(values_BTC[..., 0]), values_BTC=values_BTC)
 
 
-def _model_logits(model: nn.Module, batch: Batch, places: Places) -> Tensor:
+def _model_logits(model: nn.Module, batch: Batch, places: Places, columns: Columns) -> Tensor:
     """[N, V] through the model's own forward, at the columns that come before a target of any row."""
-    inputs = _inputs(model, batch)
     if any(batch.media_N):
-        return model(**inputs).logits[places.row_N, places.before_N]
-    columns, index_N = places.before_N.unique(return_inverse=True)
-    return model(**inputs, logits_to_keep=columns).logits[places.row_N, index_N]
+        return model(**_inputs(model, batch)).logits[places.row_N, places.before_N]
+    kept, index_N = places.before_N.unique(return_inverse=True)
+    return columns.run(model, model, batch, logits_to_keep=kept).logits[places.row_N, index_N]
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Arguments of the model's forward."""
     inputs: dict[str, Any] = {"input_ids": batch.tokens_BT, "use_cache": False}
     if batch.parent_N is not None:
-        inputs |= {"position_ids": batch.positions_BT, "attention_mask": _tree_mask(batch, _compute_dtype(model))}
-    elif not _one_a_row(batch):
+        inputs |= {"position_ids": batch.positions_BT, "attention_mask": _tree_mask(batch, compute_dtype(model))}
+    elif not one_a_row(batch):
         # from positions that restart, transformers makes the mask that keeps packed sequences apart
         inputs["position_ids"] = batch.positions_BT
     if any(batch.media_N):
@@ -177,20 +211,20 @@ def _tree_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
     )[:, None]
 
 
-def _one_a_row(batch: Batch) -> bool:
+def one_a_row(batch: Batch) -> bool:
     """One sequence a row, padded at its right: then a causal model needs no mask, and runs its faster kernel."""
     columns = torch.arange(batch.positions_BT.shape[1], device=batch.positions_BT.device)
     return bool(((batch.positions_BT == columns) | (batch.sequence_BT < 0)).all())
 
 
 @contextmanager
-def _noisy_embeddings(model: nn.Module, batch: Batch, alpha: float) -> Iterator[None]:
+def _noisy_embeddings(model: nn.Module, batch: Batch, alpha: float, columns: Columns) -> Iterator[None]:
     """NEFTune (Jain et al. 2023, arXiv 2310.05914, algorithm 1): uniform noise within ± alpha / sqrt(length × width)."""
     if not alpha:
         yield
         return
     here = batch.sequence_BT.clamp(min=0)
-    length_BT = batch.sequence_BT[batch.sequence_BT >= 0].bincount(minlength=len(batch.sample_N))[here]
+    length_BT = columns.of(batch.sequence_BT[batch.sequence_BT >= 0].bincount(minlength=len(batch.sample_N))[here], 1)
 
     def add_noise(_module: nn.Module, _arguments: Any, embedded_BTD: Tensor) -> Tensor:
         bound_BT = alpha / (length_BT * embedded_BTD.shape[-1]).float().sqrt()
@@ -217,20 +251,22 @@ def _experts_per_token(model: Any) -> int:
     return int(model.config.get_text_config().num_experts_per_tok)
 
 
-def _balance(router: list[Tensor], batch: Batch, experts_per_token: int) -> Tensor:
+def _balance(router: list[Tensor], batch: Batch, experts_per_token: int, columns: Columns) -> Tensor:
     """Load-balancing loss of each sequence (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6), over all layers together, [N].
 
     Taken for each sequence and not for each micro-batch, so that it does not depend on how a batch is cut.
     """
     number = len(batch.sample_N)
-    sequence_M = batch.sequence_BT.flatten()
+    sequence_M = columns.of(batch.sequence_BT, -1).flatten()
     here = sequence_M >= 0
     logits_LME = torch.stack([at_least_fp32(logits.reshape(len(sequence_M), -1)) for logits in router])[:, here]
     probability_LME = logits_LME.softmax(-1)
     chosen_LME = torch.zeros_like(probability_LME).scatter_(-1, probability_LME.topk(experts_per_token).indices, 1.0)
-    tokens_N = sequence_M[here].bincount(minlength=number).clamp(min=1)[:, None]
+    tokens_N = batch.sequence_BT[batch.sequence_BT >= 0].bincount(minlength=number).clamp(min=1)[:, None]
     shares = (
-        torch.zeros(number, x.shape[-1], dtype=x.dtype, device=x.device).index_add(0, sequence_M[here], x.mean(0))
+        columns.sum(
+            torch.zeros(number, x.shape[-1], dtype=x.dtype, device=x.device).index_add(0, sequence_M[here], x.mean(0))
+        )
         / tokens_N
         for x in (chosen_LME, probability_LME)
     )
@@ -238,7 +274,8 @@ def _balance(router: list[Tensor], batch: Batch, experts_per_token: int) -> Tens
     return (chosen_NE * probability_NE).sum(-1) * probability_NE.shape[-1]
 
 
-def _compute_dtype(model: nn.Module) -> torch.dtype:
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """Of the matrix products in the model."""
     parameter = next(model.parameters())
     kind = parameter.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype

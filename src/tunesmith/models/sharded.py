@@ -30,13 +30,11 @@ OF_ADAPTERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)
 """What PEFT puts into the names of the model's own weights."""
 
 
-def why_whole(config: ModelConfig, method: Any, method_config: Any) -> str:
+def why_whole(config: ModelConfig) -> str:
     """Why each process has to load the whole model (`load_model`) before it keeps its part of it; empty if it need not.
 
-    method: the class. Raises UserError if the checkpoint cannot be found.
+    Raises UserError if the checkpoint cannot be found.
     """
-    if method.starts_from_weights(method_config):
-        return "the adapters' start is computed from whole weights"
     architecture = load_config(config)
     if getattr(architecture, "quantization_config", None) is not None:
         return "its weights are unpacked on loading"

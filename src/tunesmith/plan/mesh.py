@@ -62,7 +62,7 @@ class PlannedEngine(FsdpEngine):
         self.head = head
         self.lay_out(world)
 
-    def _find_head(self, model: Any) -> Head:
+    def _head_of(self, model: Any) -> Head:
         return self.head
 
     def _move(self, model: Any) -> None:
