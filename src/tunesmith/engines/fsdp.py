@@ -42,7 +42,7 @@ from tunesmith.engines.single import SingleEngine
 from tunesmith.engines.tensor_parallel import check_replicated, check_tensor_parallel, tensor_parallel
 from tunesmith.errors import UserError
 from tunesmith.models.head import Head
-from tunesmith.models.load import HeadKind, blocks, load_config
+from tunesmith.models.load import HeadKind, blocks, is_multimodal, load_config
 from tunesmith.models.probe import find_head
 from tunesmith.models.save import save_adapter, save_sharded
 from tunesmith.models.score import ALL, Columns
@@ -64,12 +64,15 @@ register_dataclass(Scores, field_names=list(Scores.__dataclass_fields__), drop_f
 class FsdpEngine(SingleEngine):
     """Every rank holds a part of the model, and gathers a block's weights while it computes with them."""
 
-    partial: frozenset[str] = frozenset()
-    """Parameters to whose gradients each of the ranks along `tensor` adds."""
-    has_checked = False
     provides: ClassVar[frozenset[str]] = frozenset({"autograd"})
     reads: ClassVar[frozenset[str]] = SingleEngine.reads - {"generated"}
     group_kind: ClassVar[type[Group]] = Collective
+    checkpoint: Checkpoint | None = None
+    """Of a model that has been loaded without its weights, until they are read."""
+    partial: frozenset[str] = frozenset()
+    """Parameters to whose gradients each of the ranks along `tensor` adds."""
+    has_checked = False
+    """Whether gradients of weights that are whole on these ranks have been compared."""
 
     def __init__(self, config: Any, precision: str, needs_fp32_weights: bool = False) -> None:
         super().__init__(config, precision, needs_fp32_weights)
@@ -97,33 +100,43 @@ class FsdpEngine(SingleEngine):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        shape = cls.check_settings(config, place().world)
-        if shape[3] > 1:
-            check_tensor_parallel(load_config(config.model), shape[3])
-        if shape[2] > 1:
+        _, _, context, tensor = cls.check_for(config, place().world)
+        if tensor > 1:
+            check_tensor_parallel(load_config(config.model), tensor)
+        if context > 1:
             check_architecture(load_config(config.model), config.model.attention)
 
     @classmethod
-    def check_settings(cls, config: RunConfig, world: int) -> tuple[int, int, int, int]:
-        """What can be known without the architecture; returns the mesh's shape. Raises UserError."""
-        engine: Any = config.engine
+    def check_for(cls, config: RunConfig, world: int) -> tuple[int, int, int, int]:
+        """What of `check` needs none of the architecture's code, for so many ranks; returns the mesh's shape."""
         method: Any = config.method
-        shape = mesh_shape(engine, world)
-        refused = {
-            "method.init: pissa": getattr(method, "init", "") == "pissa",
-            "method.weights: stream": getattr(method, "weights", "") == "stream",
-            "method.memory": getattr(method, "memory", None) is not None,
-            "method.dora with engine.tensor_parallel": shape[3] > 1 and getattr(method, "dora", False),
+        shape = _, shard, context, tensor = mesh_shape(config.engine, world)
+        cuts = {
+            "method.init: pissa": getattr(method, "init", ""),
+            "method.weights: stream": getattr(method, "weights", ""),
         }
-        for setting, is_asked in refused.items():
-            if is_asked:
-                raise UserError(
-                    f"{setting}: needs whole weights, of which each rank holds a part: leave it out, or start one rank"
-                )
+        for setting, value in cuts.items():
+            if setting.endswith(f": {value}"):
+                raise UserError(f"{setting} needs whole weights, of which each rank holds a part: leave it out")
+        if getattr(method, "memory", None) is not None:
+            raise UserError("method.memory foresees one device alone: set method.num_chunks instead")
+        if method.name == "chunk" and config.model.precision == "mixed":
+            raise UserError(
+                "model.precision: mixed: chunk keeps fp32 masters itself on several ranks: set it to bf16 or fp32"
+            )
+        if tensor > 1 and getattr(method, "dora", False):
+            raise UserError(
+                "method.dora needs norms of whole weights, which engine.tensor_parallel cuts: leave one out"
+            )
+        if shard * context * tensor == 1:
+            return shape
+        architecture = load_config(config.model)
+        if is_multimodal(architecture) and getattr(method, "targets", "") != "all-linear":
+            raise UserError(
+                f"{config.model.path}: what reads images or sounds gets gradients only on ranks that have some, but sharded "
+                "weights need them of all: use method: lora with its default targets, or engine.replicate as large as the ranks"
+            )
         return shape
-
-    checkpoint: Checkpoint | None = None
-    """Of a model that has been loaded without its weights, until they are read."""
 
     def load(
         self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
@@ -271,18 +284,13 @@ class FsdpEngine(SingleEngine):
         dist.all_reduce_coalesced(tensors, group=self.data_group)
 
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
-        squares: dict[tuple[str, ...], Tensor] = {}
+        cuts: dict[tuple[str, ...], list[Tensor]] = {}
         for grad in grads.values():
-            cut = cut_over(grad)
-            square = (
-                local_part(grad).float().square().sum()
-                if grad.dtype != torch.float64
-                else local_part(grad).square().sum()
-            )
-            squares[cut] = squares[cut] + square if cut in squares else square
+            cuts.setdefault(cut_over(grad), []).append(local_part(grad))
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        for cut, square in squares.items():
-            total += self._sum_over(square.double(), cut)
+        for cut, parts in cuts.items():
+            norms = torch._foreach_norm(parts, 2, torch.promote_types(parts[0].dtype, torch.float32))
+            total += self._sum_over(torch.stack(norms).double().square().sum(), cut)
         return total.sqrt()
 
     def _sum_over(self, x: Tensor, cut: tuple[str, ...]) -> Tensor:

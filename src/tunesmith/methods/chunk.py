@@ -138,9 +138,8 @@ class Chunk(Method):
         return turns
 
     def step(self, loss_fn: LossFn, micro_batches: Sequence[Batch], lr: float) -> Metrics:
-        self.ready(
-            several=len(micro_batches) > 1 or self.engine.world > 1
-        )  # of ranks one may have one, another several
+        # of ranks one may have a single micro-batch, and another several
+        self.ready(several=len(micro_batches) > 1 or self.engine.world > 1)
         following = self.turns.at(self.updates + 1)
         if following != self.present and (self.fit is None or self.fit.has_room_ahead):
             for chunk in following:

@@ -29,7 +29,7 @@ from tunesmith.models.probe import find_head
 from tunesmith.models.sibling import sibling
 from tunesmith.objectives import build_objective
 from tunesmith.plan.traffic import Count, Traffic, group_names
-from tunesmith.tensors import as_part, local_part
+from tunesmith.tensors import bytes_here, laid_out, layout_of, local_part
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PlannedEngine(FsdpEngine):
 def plan(config: RunConfig, world: int) -> Plan:
     """What each of `world` ranks will hold and send. Raises UserError."""
     config = _with_fsdp(config, world)
-    FsdpEngine.check_settings(config, world)
+    FsdpEngine.check_for(config, world)
     with _process_group(world):
         try:
             return _plan(config, world)
@@ -157,7 +157,7 @@ def _without_numbers(x: Tensor, mode: FakeTensorMode) -> Tensor:
     part = local_part(x)
     with mode:
         fake = torch.empty(part.shape, dtype=part.dtype, device="cpu")
-    return as_part(fake, x)
+    return laid_out(fake, layout_of(x))
 
 
 def _step(
@@ -218,7 +218,7 @@ class _Kept:
 
     def enter(self, number: int, block: Any, args: Any) -> None:
         self.block = number
-        self.entering += next(_held(x) for x in tree_leaves(args) if isinstance(x, Tensor))
+        self.entering += next(bytes_here(x) for x in tree_leaves(args) if isinstance(x, Tensor))
         self.known |= {_place(p) for p in block.parameters()}
 
     def note(self, x: Tensor) -> Tensor:
@@ -255,9 +255,9 @@ def held(model: Any, method: Any) -> dict[str, int]:
     """Bytes of what a rank holds from step to step, and of gradients before an update."""
     state = {name: value for name, value in method.state_dict().items() if name != "parameters"}
     return {
-        "weights": sum(_held(x) for x in (*model.parameters(), *model.buffers())),
-        "gradients": sum(_held(p.grad) for p in method.active().values() if p.grad is not None),
-        "optimizer state": sum(_held(x) for x in tree_leaves(state) if isinstance(x, Tensor)),
+        "weights": bytes_here([*model.parameters(), *model.buffers()]),
+        "gradients": bytes_here([p.grad for p in method.active().values()]),
+        "optimizer state": bytes_here(state),
     }
 
 
@@ -319,11 +319,6 @@ def _flops(engine: PlannedEngine, model: Any, tokens: int) -> float:
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         total += 2 * tokens * width * len(blocks(model)) * (3 + again) / number
     return total
-
-
-def _held(x: Tensor) -> int:
-    part = local_part(x.detach())
-    return part.numel() * part.element_size()
 
 
 def _place(x: Tensor) -> int:
