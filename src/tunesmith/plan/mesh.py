@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from tunesmith.config import FsdpConfig, RunConfig
 from tunesmith.engines.fsdp import FsdpEngine, cut_over, mesh_shape
-from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.methods import Extent, build_method
 from tunesmith.models.head import Head, rows_at_once
@@ -58,7 +57,7 @@ class PlannedEngine(FsdpEngine):
     has_checked = True
 
     def __init__(self, config: Any, precision: str, world: int, head: Head) -> None:
-        self.config, self.precision, self.device, self.group = config, precision, torch.device("cpu"), Group()
+        self.config, self.precision, self.device = config, precision, torch.device("cpu")
         self.head = head
         self.lay_out(world)
 
