@@ -14,8 +14,8 @@ test: .venv/.test        ## all tests
 product: .venv/.test     ## only the tests that multiply the tables: objectives, methods, optimizers, families
 	$(BIN)/python -m pytest tests/product
 
-two-hosts: .venv/.test   ## a run across two network namespaces whose link is cut in the middle; as root, else skipped with a reason
-	$(BIN)/python tests/hosts/two_hosts.py
+two-hosts: .venv/.test   ## a run across two network namespaces, with a killed rank and a cut link; as root, else skipped with a reason
+	$(BIN)/python tests/hosts/two_hosts.py --kill --cut-s 12
 
 vllm: .venv-vllm/.done   ## only the tests of the vLLM scorer, in a real vLLM on the CPU (2.5 GB, in an environment of its own)
 	.venv-vllm/bin/python -m pytest tests/vllm

@@ -36,7 +36,7 @@ from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS
 from tunesmith.objectives import OBJECTIVES, build_objective
-from tunesmith.run import train
+from tunesmith.run import build, train
 from tunesmith.run_folder import read_events
 from tunesmith.tensors import whole
 
@@ -183,6 +183,37 @@ def test_every_objective_and_method_on_two_ranks(trees: dict[str, dict[str, Any]
     on_ranks(2, run_all, tmp_path, ranks)
     for name in trees:
         check_equal(tmp_path / "ranks" / name, tmp_path / "alone" / name, bound=1e-6)
+
+
+# --- who reads what
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["padded", "packed"])
+def test_any_number_of_ranks_reads_each_sample_of_an_epoch_once(
+    make_config: Callable[..., RunConfig], pack: bool
+) -> None:
+    """A batch is a function of the step alone, also after a resume; so it is enough that ranks part each batch."""
+    run = build(
+        make_config(train={"epochs": 1, "batch_size": 6}, data={"pack": pack, "max_tokens": 64, "eval_fraction": 0.0})
+    )
+    for world in (1, 2, 4, 7):
+        seen: list[int] = []
+        for step in range(run.steps):
+            batch = run.data(step)
+            parts = batch.parts(world)
+            assert len(parts) <= world
+            own = [part.sequence_BT[part.sequence_BT >= 0].unique() for part in parts]
+            assert sorted(torch.cat(own).tolist()) == list(range(6))
+            seen += batch.sample_N.tolist()
+        assert sorted(seen) == list(range(len(run.samples))), world
+
+
+def test_padding_for_ranks_that_have_nothing_counts_for_nothing() -> None:
+    batch = ragged_batch(pack=True)
+    nothing = batch.nothing()
+    assert not nothing.num_tokens()
+    assert not nothing.weights_BT.any()
+    assert [len(tokens) for tokens, _ in nothing.sequences()] == [0] * len(batch.sample_N)
 
 
 # --- refusals

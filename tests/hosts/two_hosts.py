@@ -1,9 +1,10 @@
-"""A run on two hosts, as two network namespaces joined by a virtual link, which is cut in the middle: make two-hosts.
+"""A run on two hosts, as two network namespaces joined by a virtual link: make two-hosts.
 
-    python tests/hosts/two_hosts.py [run.yaml] [a.b=c]...
+    python tests/hosts/two_hosts.py [run.yaml] [a.b=c]... [--kill] [--cut-s 12] [--alone runs/demo]
 
-Needs root and iproute2 (apt-get install iproute2); says why and exits with 0 where it cannot. The default run is one of engine:
-replicas; for another engine give a run.yaml, and --cut-s longer than the engine waits for a rank.
+In the middle a rank is killed (--kill), the link is cut for some seconds (--cut-s), or both. At the end the weights are
+compared with those of the same run in one process, which is made, or lies in the folder --alone. Needs root and iproute2
+(apt-get install iproute2); says why and exits with 0 where it cannot.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
@@ -76,7 +79,7 @@ def wait_for(
 
 
 def small_run(folder: Path) -> Path:
-    """A run.yaml of a tiny model: two queries a step, one for each host."""
+    """A run.yaml of a tiny model."""
     import json
 
     from tests.families import make_model, train_tokenizer
@@ -88,9 +91,8 @@ def small_run(folder: Path) -> Path:
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": record}) + "\n" for record in records))
     (folder / "run.yaml").write_text(
         f"model: {folder / 'model'}\ndata: {{path: {folder / 'chats.jsonl'}, max_tokens: 64}}\n"
-        "method: {name: zeroth, scorer: in_place, queries: 2}\n"
-        "engine: {name: replicas, device: cpu, timeout_s: 5}\ntrain: {steps: 2000, batch_size: 4}\n"
-        f"checkpoint: {{every_steps: 50}}\noutput: {folder / 'run'}\n"
+        "method: {name: lora, rank: 4}\nengine: {device: cpu}\ntrain: {steps: 600, batch_size: 4}\n"
+        "checkpoint: {every_steps: 50}\n"
     )
     return folder / "run.yaml"
 
@@ -105,7 +107,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*", help="run.yaml and settings over its own")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/two-hosts")
-    parser.add_argument("--cut-s", type=float, default=12.0, help="how long the link is down; 0: it is not cut")
+    parser.add_argument("--kill", action="store_true", help="kill -9 the rank of the second host in the middle")
+    parser.add_argument("--cut-s", type=float, default=0.0, help="how long the link is down; 0: it is not cut")
+    parser.add_argument("--alone", type=Path, help="the same run in one process, if it is there already")
     parser.add_argument("--timeout-s", type=float, default=600.0)
     options = parser.parse_args()
     if reason := why_not():
@@ -124,14 +128,26 @@ def main() -> None:
         for host, log in zip(HOSTS, logs, strict=True):
             processes.append(start(host, arguments, log))
         wait_for("both hosts train", lambda: events(run, "step"), processes, options.timeout_s)
+        if options.kill:
+            starts = lines_of(run, "start", "resume")
+            ranks = psutil.Process(processes[1].pid).children(recursive=True)
+            rank = next(process for process in ranks if "tunesmith" in process.cmdline())
+            rank.kill()
+            print(f"the rank of {HOSTS[1]} is killed", flush=True)
+            wait_for(
+                "both hosts train again",
+                lambda: lines_of(run, "start", "resume") > starts,
+                processes,
+                options.timeout_s,
+            )
         if options.cut_s:
-            starts = len(starts_of(run))
             ip("-n", HOSTS[1], "link", "set", "ts-b", "down")
             print(f"the link is cut, for {options.cut_s:g} s", flush=True)
             time.sleep(options.cut_s)
+            before = lines_of(run)
             ip("-n", HOSTS[1], "link", "set", "ts-b", "up")
             print("the link is up again", flush=True)
-            wait_for("both hosts train again", lambda: len(starts_of(run)) > starts, processes, options.timeout_s)
+            wait_for("both hosts train again", lambda: lines_of(run) > before, processes, options.timeout_s)
         wait_for("the run is complete", lambda: events(run, "end"), processes, options.timeout_s)
         codes = [process.wait(options.timeout_s) for process in processes]
         print(f"exit codes {codes}")
@@ -145,13 +161,34 @@ def main() -> None:
             print(f"--- {host}\n{log.read_text() if log.exists() else ''}")
     if any(codes):
         raise SystemExit(1)
+    alone = options.alone or options.folder / "alone"
+    if options.alone is None:
+        subprocess.run(
+            [sys.executable, "-m", "tunesmith", "train", *words, f"output={alone}", "--nproc", "1"], check=True
+        )
+    difference = largest_difference(run / "model", alone / "model")
+    print(f"largest difference of a weight to the run of one process: {difference:.1e}")
+    if difference > 1e-5:
+        raise SystemExit(1)
 
 
-def starts_of(folder: Path) -> list[str]:
-    """Lines of the log of events at which a run was begun or gone on with."""
+def largest_difference(one: Path, other: Path) -> float:
+    """Of the weights of two saved models, or adapters."""
+    from safetensors.torch import load_file
+
+    ours, theirs = (
+        {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+        for folder in (one, other)
+    )
+    assert ours.keys() == theirs.keys()
+    return max(float((x - theirs[name]).abs().max()) for name, x in ours.items())
+
+
+def lines_of(folder: Path, *kinds: str) -> int:
+    """How many lines the log of events has, or how many of some kinds."""
     file = folder / "events.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
-    return [line for line in lines if '"event": "start"' in line or '"event": "resume"' in line]
+    return len([line for line in lines if not kinds or any(f'"event": "{kind}"' in line for kind in kinds)])
 
 
 if __name__ == "__main__":
