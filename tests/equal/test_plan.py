@@ -102,7 +102,7 @@ def test_a_rank_holds_and_sends_what_was_planned(world: int, cases: dict[str, di
         assert {key: planned.memory[key] for key in found["held"]} == found["held"], name
         for key in planned.traffic.keys() | found["counts"].keys():
             ours, theirs = (counts.get(key, Count()).payload for counts in (planned.traffic, found["counts"]))
-            assert 0 <= theirs - ours <= FEW, (name, key, ours, theirs)
+            assert 0 <= theirs - ours <= (FEW if key[0] == "all-reduce" else 0), (name, key, ours, theirs)
 
 
 def test_the_command_needs_a_config_alone(tmp_path: Path) -> None:
