@@ -104,6 +104,23 @@ def generate(
 
 
 @app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="A run.yaml.")],
+    overrides: Overrides = None,
+    world: Annotated[int, typer.Option(min=1, help="Ranks that would be started.")] = 8,
+    link: Annotated[float, typer.Option(min=1e-3, help="GB/s that a device sends to others of its node.")] = 450.0,
+    network: Annotated[float, typer.Option(min=1e-3, help="GB/s that a device sends to other nodes.")] = 50.0,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Devices of a node.")] = 8,
+    flops: Annotated[float, typer.Option(min=1e-3, help="TFLOP/s that a device reaches.")] = 400.0,
+) -> None:
+    """What each of many ranks would hold and send: no device, weights or data are needed, only the model's config.json."""
+    from tunesmith.config_file import load_config
+    from tunesmith.plan.table import Machine, print_plan
+
+    print_plan(load_config(file, overrides or ()), world, Machine(link, network, ranks_per_node, flops))
+
+
+@app.command()
 def replay(
     folder: Annotated[Path, typer.Argument(help="The folder of a run with method: zeroth.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it; must not exist.")],

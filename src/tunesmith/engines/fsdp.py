@@ -82,7 +82,11 @@ class FsdpEngine(SingleEngine):
             torch.accelerator.set_device_index(self.device.index)
         self.group: Collective = Collective(self.device, config.timeout_s)
         self.precision = PRECISIONS[self.group.agree(PRECISIONS.index(self.precision))]  # found by measuring
-        replicate, shard, context, tensor = mesh_shape(config, here.world)
+        self.lay_out(here.world)
+
+    def lay_out(self, world: int) -> None:
+        """Set the ranks of the process group up as a mesh."""
+        replicate, shard, context, tensor = mesh_shape(self.config, world)
         self.mesh = init_device_mesh(
             self.device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")
         )
@@ -96,8 +100,17 @@ class FsdpEngine(SingleEngine):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
+        _, _, context, tensor = cls.check_for(config, place().world)
+        if tensor > 1:
+            check_tensor_parallel(load_config(config.model), tensor)
+        if context > 1:
+            check_architecture(load_config(config.model), config.model.attention)
+
+    @classmethod
+    def check_for(cls, config: RunConfig, world: int) -> tuple[int, int, int, int]:
+        """What of `check` needs none of the architecture's code, for so many ranks; returns the mesh's shape."""
         method: Any = config.method
-        _, shard, context, tensor = mesh_shape(config.engine, place().world)
+        shape = _, shard, context, tensor = mesh_shape(config.engine, world)
         cuts = {
             "method.init: pissa": getattr(method, "init", ""),
             "method.weights: stream": getattr(method, "weights", ""),
@@ -116,17 +129,14 @@ class FsdpEngine(SingleEngine):
                 "method.dora needs norms of whole weights, which engine.tensor_parallel cuts: leave one out"
             )
         if shard * context * tensor == 1:
-            return
+            return shape
         architecture = load_config(config.model)
         if is_multimodal(architecture) and getattr(method, "targets", "") != "all-linear":
             raise UserError(
                 f"{config.model.path}: what reads images or sounds gets gradients only on ranks that have some, but sharded "
                 "weights need them of all: use method: lora with its default targets, or engine.replicate as large as the ranks"
             )
-        if tensor > 1:
-            check_tensor_parallel(architecture, tensor)
-        if context > 1:
-            check_architecture(architecture, config.model.attention)
+        return shape
 
     def load(
         self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
@@ -261,7 +271,7 @@ class FsdpEngine(SingleEngine):
         of layers those that each of them adds to."""
         if not self.is_sharded:
             for together in _by_dtype(grads.values()):
-                dist.all_reduce_coalesced(together, group=self.data_group)
+                self._sum_all(together)
         if self.mesh["tensor"].size() > 1:
             for name, grad in grads.items():
                 if name.partition("[")[0] in self.partial:  # a chunk's rows are named behind their parameter
@@ -269,6 +279,9 @@ class FsdpEngine(SingleEngine):
             if not self.has_checked:
                 check_replicated(grads, self.mesh["tensor"])
                 self.has_checked = True
+
+    def _sum_all(self, tensors: list[Tensor]) -> None:
+        dist.all_reduce_coalesced(tensors, group=self.data_group)
 
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         cuts: dict[tuple[str, ...], list[Tensor]] = {}

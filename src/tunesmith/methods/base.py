@@ -158,6 +158,9 @@ class Method:
         self.update(lr)
         return metrics
 
+    def ready(self, several: bool) -> None:
+        """Choose what trains at the next step, and how its gradients are kept. several: they are sums over micro-batches."""
+
     def active(self) -> dict[str, nn.Parameter]:
         """What collects gradients at this step."""
         return self.params

@@ -138,19 +138,23 @@ class Chunk(Method):
         return turns
 
     def step(self, loss_fn: LossFn, micro_batches: Sequence[Batch], lr: float) -> Metrics:
-        self._turn_to(self.turns.at(self.updates))
+        # of ranks one may have a single micro-batch, and another several
+        self.ready(several=len(micro_batches) > 1 or self.engine.world > 1)
         following = self.turns.at(self.updates + 1)
         if following != self.present and (self.fit is None or self.fit.has_room_ahead):
             for chunk in following:
                 for span in self.chunks[chunk]:
                     self.shelf.fetch(span.key)
-        for trainee in self.trainees:  # of ranks one may have a single micro-batch, and another several
-            trainee.expect(several=len(micro_batches) > 1 or self.engine.world > 1)
         metrics = super().step(loss_fn, micro_batches, lr)
         self.updates += 1
         metrics["chunk"] = torch.tensor(float(self.present[0]))
         metrics["coverage"] = torch.tensor(self._elements(self.seen) / self._elements(range(len(self.chunks))))
         return metrics
+
+    def ready(self, several: bool) -> None:
+        self._turn_to(self.turns.at(self.updates))
+        for trainee in self.trainees:
+            trainee.expect(several)
 
     def active(self) -> dict[str, nn.Parameter]:
         return {trainee.span.key: trainee.leaf for trainee in self.trainees}

@@ -92,7 +92,7 @@ class Lora(Method):
         """Whether B A = 0 in all adapters, up to rounding: then the model without them is the model at its start."""
         params = dict(self.peft_model.named_parameters())
         for name, a in params.items():
-            if "lora_A" in name or "lora_embedding_A" in name:
+            if ("lora_A" in name or "lora_embedding_A" in name) and not a.is_meta:  # a plan has no numbers
                 b = params[name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")]
                 gram_a, gram_b = a.flatten(1).float(), b.flatten(1).float()
                 gram_a, gram_b = gram_a @ gram_a.T, gram_b.T @ gram_b

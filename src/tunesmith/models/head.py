@@ -101,10 +101,8 @@ def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tens
     if targets.wanted.among and type(linear) is nn.Linear and not torch.is_grad_enabled():
         return targets.among().of_logits(_logits_among(hidden_ND, head, targets.columns[targets.wanted.among]))
     vocabulary, width = linear.weight.shape
-    rows = max(1, CHUNK_ELEMENTS // vocabulary)
     trained = slice_of(linear.weight) or (Slice(linear.weight, 0, vocabulary) if linear.weight.requires_grad else None)
-    if trained is not None:
-        rows = max(rows, min((trained.stop - trained.start) * width, TRAINED_CHUNK_ELEMENTS) // vocabulary)
+    rows = rows_at_once(vocabulary, 0 if trained is None else (trained.stop - trained.start) * width)
     if type(linear) is nn.Linear:
         dtype = _compute_dtype(linear.weight)
         weight, bias = linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
@@ -124,6 +122,11 @@ def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tens
     if not chunks:
         return at_least_fp32(hidden_ND[:, 0]), at_least_fp32(hidden_ND.new_zeros(targets.num_others, 0))
     return torch.cat([main for main, _ in chunks]), torch.cat([other for _, other in chunks], dim=1)
+
+
+def rows_at_once(vocabulary: int, trained: int) -> int:
+    """Hidden states of a chunk, where so many numbers of the output layer train."""
+    return max(1, CHUNK_ELEMENTS // vocabulary, min(trained, TRAINED_CHUNK_ELEMENTS) // vocabulary)
 
 
 def _logits_among(hidden_ND: Tensor, head: Head, choice_NK: Tensor) -> Tensor:

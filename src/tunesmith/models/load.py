@@ -30,8 +30,9 @@ def chatml_for(tokenizer: PreTrainedTokenizerBase) -> str:
     return CHATML if known else CHATML.replace("<|im_end|>", "{{ eos_token }}")
 
 
-def model_source(config: ModelConfig) -> str:
-    """The folder or hub id behind `model.path`, checked as far as can be without loading weights."""
+def model_source(config: ModelConfig, has_weights: bool = True) -> str:
+    """The folder or hub id behind `model.path`, checked as far as can be without loading weights. has_weights: whether there
+    must be any."""
     if config.path == "demo":
         from tunesmith.models.demo import demo_model_folder
 
@@ -42,7 +43,7 @@ def model_source(config: ModelConfig) -> str:
             raise UserError(
                 f"{config.path}: no model: it holds no config.json; give the folder that save_pretrained wrote"
             )
-        if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        if has_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
             raise UserError(
                 f"{config.path}: no weights: it holds no *.safetensors; download or copy the checkpoint again"
             )
@@ -82,7 +83,7 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
     """The architecture's own settings."""
     from transformers import AutoConfig
 
-    source = model_source(config)
+    source = model_source(config, has_weights=False)
     try:
         return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # the hub and each architecture raise types of their own
@@ -147,6 +148,25 @@ def from_checkpoint(
     if getattr(model, "is_quantized", False):
         raise UserError(f"{config.path}: quantized weights cannot be trained yet; use the unquantized checkpoint")
     return model.eval(), set(info["missing_keys"])
+
+
+def shape_of_model(
+    config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0
+) -> PreTrainedModel:
+    """The model on the meta device, made of its config.json alone. Raises UserError."""
+    import torch
+
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    architecture = load_config(config)
+    kind = _model_class(config, architecture, head)
+    if head != "language":
+        _set_num_labels(config, architecture, head, num_labels)
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(architecture, dtype=dtype, trust_remote_code=config.trust_remote_code, **attention)
+    except Exception as error:  # each architecture raises types of its own
+        raise UserError(f"{config.path}: the model cannot be built without its weights: {error}") from error
+    return model.eval()
 
 
 def know_padding(config: ModelConfig, model: PreTrainedModel) -> None:
