@@ -43,6 +43,8 @@ bench: .venv/.bench .venv-llamafactory  ## every benchmark in turn, one at a tim
 	$(BIN)/python benchmarks/loss_memory/run.py
 	$(BIN)/python benchmarks/precision/run.py
 	$(BIN)/python benchmarks/loop_overhead/run.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 benchmarks/engines/step_time.py
+	$(BIN)/python benchmarks/engines/load_memory.py
 	$(BIN)/python benchmarks/dpo/run.py
 	$(BIN)/python benchmarks/packing/run.py
 	$(BIN)/python benchmarks/data_throughput/run.py
