@@ -87,7 +87,9 @@ def test_the_shortest_config_resolves_to_the_documented_defaults() -> None:
         "schedule": {"name": "cosine", "warmup_fraction": 0.03, "warmup_steps": None, "final_fraction": 0.0},
         "engine": {"name": "auto", "device": "auto", "activation_checkpointing": False, "compile": False},
         "train": {"epochs": 1.0, "steps": None, "batch_size": 16, "micro_batch_tokens": 4096, "max_grad_norm": 1.0},
-        "checkpoint": {"every_steps": 0, "every_minutes": 10.0, "keep": 2},
+        "checkpoint": {
+            "every_steps": 0, "every_minutes": 10.0, "keep": 2, "asynchronous": None, "on_failure": "stop",
+        },
         "evaluate": {"every_steps": 0},
         "log": {"every_steps": 1, "tensorboard": None},
         "seed": 0,
