@@ -54,10 +54,6 @@ class Policy:
         """Log-probabilities of the batch's targets, [B, T]."""
         return self.learner.logprobs(batch)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return self.learner.engine.sum(x)
-
     def describe(self) -> str:
         return ""
 

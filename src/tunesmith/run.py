@@ -21,7 +21,7 @@ from tunesmith.data.prepare import Watch, unwatched
 from tunesmith.data.samples import Samples
 from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
-from tunesmith.engines import ENGINES, build_engine, with_engine
+from tunesmith.engines import ENGINES, SingleEngine, build_engine, with_engine
 from tunesmith.engines.context import unable
 from tunesmith.engines.place import place
 from tunesmith.errors import UserError
@@ -106,7 +106,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     with reading(console) as watch:
         run = build(config, watch)
     group = run.learner.engine.group
-    with group.joined(_what_ranks_share(run)):
+    with group.joined(_what_ranks_share(run) | {"resume": resume}):
         group.check_shared(folder.path)
         return _lead(run, folder, resume, console, asked) if writes else _follow(run, folder, resume, console)
 
@@ -248,6 +248,11 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     needs_fp32 = METHODS[config.method.name].needs_fp32_weights(config.method)
     engine = build_engine(config.engine, config.model.precision, needs_fp32)
     config = _with(config, "model", precision=engine.precision)
+    with engine.group.telling():
+        return _build(config, engine, watch)
+
+
+def _build(config: RunConfig, engine: SingleEngine, watch: Watch) -> Run:
     with engine.group.one_first():
         data = open_data(config, watch)
     config, samples, held_out, tokenizer = data.config, data.samples, data.held_out, data.renderer.tokenizer
@@ -264,7 +269,9 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     )  # fmt: skip
     _check_fits(config, model, probed, objective, samples, held_out)
     only_scores = "autograd" not in METHODS[config.method.name].requires
-    pack = config.data.pack if config.data.pack is not None else engine.device.type != "cpu" or only_scores
+    # over rows that are cut, packed attention would need a mask with the square of their length
+    usual = only_scores or (engine.device.type != "cpu" and engine.has_whole_rows)
+    pack = config.data.pack if config.data.pack is not None else usual
     pack = pack and data.can_pack and isolates_sequences(probed)
     share = (
         config.data.share_prompt

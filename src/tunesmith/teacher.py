@@ -167,7 +167,8 @@ def open_teacher(
         return load_teacher(config, learner)
     folder = Path(section.scores_file).expanduser() if section.scores_file else None
     vocabulary = load_tokenizer(config.model).get_vocab()
-    if folder and (folder / INDEX).is_file():
+    is_there = folder is not None and (folder / INDEX).is_file()
+    if folder is not None and not learner.engine.group.agree(not is_there):
         store = ScoreStore.open(folder)
         _check_store(store, config, vocabulary)
         store.check_holds(batches)  # now, and not in the middle of the run

@@ -18,6 +18,7 @@ from tunesmith.config import (
     AdafactorConfig,
     AdamW8bitConfig,
     AdamWConfig,
+    ChunkConfig,
     FreezeConfig,
     FsdpConfig,
     FullConfig,
@@ -34,7 +35,7 @@ from tunesmith.engines import build_engine
 from tunesmith.engines.fsdp import mesh_shape
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
-from tunesmith.methods import METHODS
+from tunesmith.methods import METHODS, Extent
 from tunesmith.objectives import OBJECTIVES, build_objective
 from tunesmith.run import build, train
 from tunesmith.run_folder import read_events
@@ -55,7 +56,7 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "clipped": {"max_grad_norm": 0.1},
     "accumulated": {"tokens": 24},
     "packed, accumulated": {"pack": True, "tokens": 16, "optimizer": ADAMW},
-    "more ranks than rows": {"samples": 1, "optimizer": ADAMW},
+    "more ranks than rows": {"rows": 1, "optimizer": ADAMW},
     "checkpointed": {"engine": {"activation_checkpointing": True}},
     "not let go": {"engine": {"reshard_after_forward": False}},
     "whole on all": {"engine": {"replicate": 2}, "optimizer": ADAMW, "tokens": 24},
@@ -65,6 +66,20 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "tensor, lora": {"engine": {"tensor_parallel": 2}, "method": LoraConfig(rank=4, alpha=8.0), "optimizer": ADAMW},
     "tensor, frozen": {"engine": {"tensor_parallel": 2}, "method": FreezeConfig(patterns=("*.q_proj.*",))},
     "dora": {"method": LoraConfig(rank=4, alpha=8.0, dora=True)},
+    "lora, head in full": {
+        "method": LoraConfig(rank=4, alpha=8.0, modules_to_save=("lm_head",)),
+        "tokens": 24,
+        "rows": 7,
+    },
+    "lora, head in full, empty": {
+        "method": LoraConfig(rank=4, alpha=8.0, modules_to_save=("lm_head",)),
+        "rows": 1,
+    },
+    "chunk, evaluated": {
+        "method": ChunkConfig(num_chunks=3, updates_per_chunk=1, order="ascending"),
+        "optimizer": ADAMW,
+        "evaluate": True,
+    },
     "freeze": {"method": FreezeConfig(patterns=("lm_head.*",)), "optimizer": ADAMW},
     **{family: {"family": family, "tokens": 24} for family in ("qwen3_moe", "gemma3_text", "gpt2", "mamba")},
 }
@@ -84,14 +99,18 @@ def take_steps(case: dict[str, Any], engine_config: Any) -> dict[str, Any]:
     """Metrics of three steps, and the weights after them."""
     torch.manual_seed(0)
     section, optimizer = case.get("method", FullConfig()), case.get("optimizer", SGD)
-    method = METHODS[section.name](section, optimizer, max_grad_norm=case.get("max_grad_norm", 1.0))
+    extent = Extent(steps=3)
+    method = METHODS[section.name](section, optimizer, max_grad_norm=case.get("max_grad_norm", 1.0), extent=extent)
     model = make_model(case.get("family", "llama"), torch.float64)
     learner = Learner(model, build_engine(engine_config, "fp32"), method, case.get("tokens", 10**6))
     objective = build_objective(SftConfig())
     batch = ragged_batch(case.get("pack", False))
-    if "samples" in case:
-        batch = batch.rows(0, case["samples"])
-    metrics = [learner.step(objective, batch, lr=optimizer.lr) for _ in range(3)]
+    batch = batch.rows(0, case.get("rows", len(batch.tokens_BT)))
+    metrics = []
+    for _ in range(3):
+        if case.get("evaluate"):
+            learner.evaluate(objective, [batch], {})
+        metrics.append(learner.step(objective, batch, lr=optimizer.lr))
     return {
         "metrics": [{name: float(x) for name, x in step.items()} for step in metrics],
         "weights": {name: whole(p.detach()).clone() for name, p in method.params.items()},

@@ -41,6 +41,11 @@ class Collective(Group):
         _connect(device, timeout_s)
         self.patient = _patient(dist.group.WORLD, PREPARE_S)
         self.writers = _patient(dist.group.WORLD, max(timeout_s, WRITE_S))
+        kinds = [str(kind) for kind in self._all(device.type)]
+        if len(set(kinds)) > 1:
+            raise UserError(
+                f"engine.device: the ranks have {', '.join(kinds)}: start all of them on devices of one kind"
+            )
         self.watch = Watch(_own_store() if self.world > 1 else None, self.rank, self.world, timeout_s)
 
     @classmethod
@@ -53,7 +58,12 @@ class Collective(Group):
             check_alike(dict(enumerate(self._all(dict(facts)))))
             yield
             self.at(self.watch.step, "end")
-            dist.barrier()
+            dist.barrier(self.patient)  # rank 0 may still put the model in place
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        with self.watch.telling():
+            yield
 
     def check_shared(self, folder: Path) -> None:
         probe, sign = folder / ".seen-by-all", self._all(uuid.uuid4().hex)[0]

@@ -8,7 +8,7 @@ and never means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import register_dataclass
 
 from tunesmith.config import ModelConfig, RunConfig
@@ -78,7 +79,12 @@ class FsdpEngine(SingleEngine):
         super().__init__(config, precision, needs_fp32_weights)
         here = place()
         if self.device.type != "cpu" and self.device.index is None:
-            self.device = torch.device(self.device.type, here.local_rank % torch.accelerator.device_count())
+            number = torch.accelerator.device_count()
+            if here.local_rank >= number:
+                raise UserError(
+                    f"rank {here.rank} is number {here.local_rank + 1} on its machine, which has {number} devices"
+                )
+            self.device = torch.device(self.device.type, here.local_rank)
             torch.accelerator.set_device_index(self.device.index)
         self.group: Collective = Collective(self.device, config.timeout_s)
         self.precision = PRECISIONS[self.group.agree(PRECISIONS.index(self.precision))]  # found by measuring
@@ -100,7 +106,10 @@ class FsdpEngine(SingleEngine):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
+        engine: Any = config.engine
         _, _, context, tensor = cls.check_for(config, place().world)
+        if engine.cpu_offload and not torch.accelerator.is_available():
+            raise UserError("engine.cpu_offload: there is no accelerator whose memory it would spare; leave it out")
         if tensor > 1:
             check_tensor_parallel(load_config(config.model), tensor)
         if context > 1:
@@ -118,6 +127,8 @@ class FsdpEngine(SingleEngine):
         for setting, value in cuts.items():
             if setting.endswith(f": {value}"):
                 raise UserError(f"{setting} needs whole weights, of which each rank holds a part: leave it out")
+        if method.name == "chunk" and method.rounding == "stochastic":
+            raise UserError("method.rounding: stochastic draws on each rank by itself: set it to master")
         if getattr(method, "memory", None) is not None:
             raise UserError("method.memory foresees one device alone: set method.num_chunks instead")
         if method.name == "chunk" and config.model.precision == "mixed":
@@ -158,6 +169,11 @@ class FsdpEngine(SingleEngine):
         super().place(model)
         model.inside = MethodType(_call, model)
         self.partial = tensor_parallel(model, self.mesh["tensor"])
+        if packed := [name for name, p in model.named_parameters() if p.requires_grad and is_interleaved(p)]:
+            raise UserError(
+                f"engine.tensor_parallel: {packed[0]} is two weights in one, of which checkpoints cannot hold parts yet: train "
+                "it with method: lora, or leave tensor parallelism out"
+            )
         if self.is_sharded:
             self._shard(model)
         if self.checkpoint is not None:
@@ -270,8 +286,9 @@ class FsdpEngine(SingleEngine):
         """Sum what FSDP has not: over parts of the batch the gradients of weights that every rank holds whole, and over parts
         of layers those that each of them adds to."""
         if not self.is_sharded:
-            for together in _by_dtype(grads.values()):
-                self._sum_all(together)
+            under_way = [dist.all_reduce(grad, group=self.data_group, async_op=True) for grad in grads.values()]
+            for work in under_way:
+                work.wait()
         if self.mesh["tensor"].size() > 1:
             for name, grad in grads.items():
                 if name.partition("[")[0] in self.partial:  # a chunk's rows are named behind their parameter
@@ -308,12 +325,9 @@ def cut_over(x: Tensor) -> tuple[str, ...]:
     return tuple(name for name, placement in zip(names, x.placements, strict=True) if not placement.is_replicate())
 
 
-def _by_dtype(grads: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Tensors that can go over the wire together."""
-    found: dict[torch.dtype, list[Tensor]] = {}
-    for grad in grads:
-        found.setdefault(grad.dtype, []).append(grad)
-    return found.values()
+def is_interleaved(p: Tensor) -> bool:
+    """Whether a rank's part of a tensor is of several stretches."""
+    return isinstance(p, DTensor) and any(isinstance(placement, _StridedShard) for placement in p.placements)
 
 
 def mesh_shape(config: Any, world: int) -> tuple[int, int, int, int]:

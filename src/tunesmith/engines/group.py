@@ -38,6 +38,11 @@ class Group:
         """Of the ranks of a machine one does what is inside before the others, who find in the cache what it has made."""
         yield
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Inside, an exchange that fails names the ranks that did not come. Raises PeerError."""
+        yield
+
     def check_shared(self, folder: Path) -> None:
         """Raises UserError where ranks must share a folder, and some do not see what rank 0 writes there."""
 

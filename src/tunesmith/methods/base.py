@@ -154,7 +154,8 @@ class Method:
                 raise NonFiniteError(f"{what} is {float(metrics[what])}")
         if self.max_grad_norm is not None and grads:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local_part(grad) for grad in grads.values()], scale)
+            parts = [local_part(grad) for grad in grads.values()]
+            torch._foreach_mul_(parts, scale.to(parts[0].device))  # the host holds them where weights wait there
         self.update(lr)
         return metrics
 

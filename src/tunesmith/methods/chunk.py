@@ -181,6 +181,7 @@ class Chunk(Method):
 
     def _begin(self, wanted: tuple[int, ...]) -> None:
         self.present, self.seen = wanted, self.seen | set(wanted)
+        self.engine.let_go(self.model)  # what is gathered already would not learn that it trains from now on
         spans = [*(span for chunk in wanted for span in self.chunks[chunk]), *self.always]
         if self.stream is not None:
             held = self._blocks_of(spans)

@@ -115,12 +115,8 @@ def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tens
     def of_chunk(hidden: Tensor, part: Targets) -> tuple[Tensor, Tensor]:
         return part.of_logits(head.transform(linear(hidden)))
 
-    chunks = [
-        checkpoint(of_chunk, hidden_ND[part], targets.part(part), use_reentrant=False)
-        for part in _chunks(len(hidden_ND), rows)
-    ]
-    if not chunks:
-        return at_least_fp32(hidden_ND[:, 0]), at_least_fp32(hidden_ND.new_zeros(targets.num_others, 0))
+    parts = _chunks(len(hidden_ND), rows) or [slice(0, 0)]  # without targets too, each weight gets its gradient: 0
+    chunks = [checkpoint(of_chunk, hidden_ND[part], targets.part(part), use_reentrant=False) for part in parts]
     return torch.cat([main for main, _ in chunks]), torch.cat([other for _, other in chunks], dim=1)
 
 

@@ -42,7 +42,6 @@ class Kto(FeedbackObjective):
         other, counts_N = mismatched(batch)
         ours_N, theirs_N = (weighted_sums(helpers[name].logprobs(other), other) for name in ("policy", "reference"))
         total = torch.stack([((ours_N - theirs_N) * counts_N).sum(), counts_N.sum()]).double()
-        total = helpers["policy"].sum(total)
         kl = (total[0] / total[1].clamp(min=1)).clamp(min=0).to(ours_N.dtype)
         return batch.with_columns(sequences={"kl": kl.repeat(len(batch.sample_N))})
 
