@@ -14,8 +14,8 @@ test: .venv/.test        ## all tests
 product: .venv/.test     ## only the tests that multiply the tables: objectives, methods, optimizers, families
 	$(BIN)/python -m pytest tests/product
 
-ranks: .venv/.test       ## every objective and method on every mesh of ranks: longer than make test has time for
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/equal/test_fsdp.py -m slow
+ranks: .venv/.test       ## every objective with every method on every mesh of ranks: longer than make test has time for
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/equal -m slow --timeout 1200
 
 two-hosts: .venv/.test   ## a run across two network namespaces, with a killed rank and a cut link; as root, else skipped with a reason
 	$(BIN)/python tests/hosts/two_hosts.py --kill --cut-s 12

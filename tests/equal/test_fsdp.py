@@ -193,7 +193,7 @@ def trees(
 
 
 MESHES: list[Any] = [
-    pytest.param(2, {"name": "auto"}, id="shard"),
+    pytest.param(2, {"name": "auto"}, id="shard", marks=pytest.mark.slow),
     pytest.param(2, {"name": "fsdp", "replicate": 2}, id="replicate", marks=pytest.mark.slow),
     pytest.param(2, {"name": "fsdp", "tensor_parallel": 2}, id="tensor", marks=pytest.mark.slow),
     pytest.param(2, {"name": "fsdp", "context_parallel": 2}, id="context", marks=pytest.mark.slow),
@@ -201,19 +201,29 @@ MESHES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("world", "engine"), MESHES)
-def test_every_objective_and_method_on_ranks(
-    world: int, engine: dict[str, Any], trees: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    alone = {name: {**tree, "output": f"{tmp_path}/alone/{name}"} for name, tree in trees.items()}
+def compare_runs(world: int, engine: dict[str, Any], trees: dict[str, dict[str, Any]], folder: Path) -> None:
+    alone = {name: {**tree, "output": f"{folder}/alone/{name}"} for name, tree in trees.items()}
     ranks = {
-        name: {**tree, "engine": {**engine, "device": "cpu"}, "output": f"{tmp_path}/ranks/{name}"}
+        name: {**tree, "engine": {**engine, "device": "cpu"}, "output": f"{folder}/ranks/{name}"}
         for name, tree in trees.items()
     }
     run_all(alone)
-    on_ranks(world, run_all, tmp_path, ranks)
+    on_ranks(world, run_all, folder, ranks)
     for name in trees:
-        check_equal(tmp_path / "ranks" / name, tmp_path / "alone" / name, bound=1e-6)
+        check_equal(folder / "ranks" / name, folder / "alone" / name, bound=1e-6)
+
+
+def test_every_objective_and_every_method_on_two_ranks(trees: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """Each objective with lora, and each method with sft; all pairs of them: make ranks."""
+    some = {name: tree for name, tree in trees.items() if name.startswith("sft ") or " lora" in name or "more" in name}
+    compare_runs(2, {"name": "auto"}, some, tmp_path)
+
+
+@pytest.mark.parametrize(("world", "engine"), MESHES)
+def test_every_objective_with_every_method_on_ranks(
+    world: int, engine: dict[str, Any], trees: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    compare_runs(world, engine, trees, tmp_path)
 
 
 # --- who reads what

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.equal.test_zeroth import settings_of_run
 from tunesmith.config import RunConfig
@@ -57,7 +59,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def wait_for(launcher: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 150  # a launcher and its ranks each import torch
     while not condition():
-        assert launcher.poll() is None
+        assert launcher.poll() is None, launcher.stdout and launcher.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -85,6 +87,7 @@ def same_bits(config: RunConfig, folder: Path) -> bool:
     return all((Path(config.output) / name).read_bytes() == (whole.folder / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_is_that_of_one(
     make_replicas: Callable[..., RunConfig], start: Start, tmp_path: Path
 ) -> None:
@@ -119,6 +122,29 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     assert same_bits(config, tmp_path / "alone")
 
 
+def test_a_killed_rank_of_sharded_weights_comes_back(
+    make_config: Callable[..., RunConfig], start: Start, tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {
+        "checkpoint": {"every_steps": 10}, "train": {"steps": 200, "batch_size": 4}, "optimizer": {"name": "sgd", "lr": 0.05},
+    }  # fmt: skip
+    config = make_config(**sections, engine={"name": "auto", "device": "cpu"}, output=str(tmp_path / "run"))
+    folder = Path(config.output)
+    launcher = start(config)
+    wait_for(launcher, lambda: any((folder / "checkpoints").glob("step-*")))
+    ranks(launcher)[1].kill()
+    code, lines = said(launcher)
+    assert code == 0, lines
+    told = [event for event in read_events(folder / "events.jsonl") if event["event"] in ("start", "resume", "end")]
+    assert [event["event"] for event in told] == ["start", "resume", "end"]
+    assert told[1]["step"] >= 10
+    whole = train(config.model_copy(update={"output": str(tmp_path / "alone")}))
+    ours, theirs = (load_file(each / "model/adapter_model.safetensors") for each in (folder, whole.folder))
+    for name, weight in theirs.items():
+        assert torch.allclose(ours[name], weight, rtol=0.0, atol=1e-6), name
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_too_often_ends_the_run(make_replicas: Callable[..., RunConfig], start: Start) -> None:
     config = make_replicas(steps=5000)
     launcher = start(config, "--max-restarts", "0")
@@ -133,7 +159,7 @@ def test_a_rank_that_dies_too_often_ends_the_run(make_replicas: Callable[..., Ru
     assert not others[1].is_running()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_the_launcher_saves_and_stops(
     make_replicas: Callable[..., RunConfig], start: Start, tmp_path: Path, number: int
 ) -> None:

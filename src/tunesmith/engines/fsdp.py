@@ -297,9 +297,6 @@ class FsdpEngine(SingleEngine):
                 check_replicated(grads, self.mesh["tensor"])
                 self.has_checked = True
 
-    def _sum_all(self, tensors: list[Tensor]) -> None:
-        dist.all_reduce_coalesced(tensors, group=self.data_group)
-
     def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         cuts: dict[tuple[str, ...], list[Tensor]] = {}
         for grad in grads.values():

@@ -67,10 +67,6 @@ class PlannedEngine(FsdpEngine):
     def _move(self, model: Any) -> None:
         pass
 
-    def _sum_all(self, tensors: list[Tensor]) -> None:
-        """In one piece: torch has no coalesced sum of tensors without numbers."""
-        dist.all_reduce(torch.cat([x.flatten() for x in tensors]), group=self.data_group)
-
 
 def plan(config: RunConfig, world: int) -> Plan:
     """What each of `world` ranks will hold and send. Raises UserError."""
