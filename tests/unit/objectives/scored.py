@@ -76,15 +76,11 @@ def logprobs(batch: Batch, seed: int = 0) -> Tensor:
 class Fixed:
     """A helper that knows log-probabilities: the same for a sequence's n-th token in every layout."""
 
-    def __init__(self, seed: int, scale: float = 1.0, others: float = 0.0) -> None:
-        self.seed, self.scale, self.others = seed, scale, others
+    def __init__(self, seed: int, scale: float = 1.0) -> None:
+        self.seed, self.scale = seed, scale
 
     def logprobs(self, batch: Batch) -> Tensor:
         return self.scale * logprobs(batch, self.seed)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """With what other ranks have."""
-        return x + self.others
 
 
 POLICY = Fixed(0)
