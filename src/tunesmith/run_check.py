@@ -50,7 +50,6 @@ def check(config: RunConfig) -> None:
         raise UserError("log.tensorboard: tensorboard is not installed; pip install 'tunesmith[tensorboard]'")
     if config.optimizer.name == "adamw8bit" and not find_spec("torchao"):
         raise UserError("optimizer: adamw8bit comes from torchao; pip install 'tunesmith[torchao]'")
-    _check_shared_state(config)
     template = config.model.chat_template
     if template and template != "chatml" and not Path(template).is_file():
         raise UserError(f"model.chat_template: {template}: no such file; give a Jinja file, or chatml")
@@ -65,21 +64,6 @@ def check(config: RunConfig) -> None:
                 model_source(ModelConfig(path=path))
             except UserError as error:
                 raise UserError(f"objective.{setting}: {error}") from error
-
-
-def _check_shared_state(config: RunConfig) -> None:
-    """Optimizer state that ranks cannot hold and save in parts. Raises UserError."""
-    if config.engine.name != "fsdp":
-        return
-    name, cut = config.optimizer.name, "which the ranks of the fsdp engine cut"
-    if name == "adafactor":
-        raise UserError(f"optimizer: adafactor sums over whole matrices, {cut}; use adamw, or lion with half its state")
-    if name == "adamw8bit":
-        raise UserError(
-            f"optimizer: adamw8bit keeps 256 numbers together, {cut}; use adamw, or lion with half its state"
-        )
-    if config.method.name == "chunk" and config.method.state == "8bit":
-        raise UserError(f"method.state: 8bit keeps 256 numbers together, {cut}; set it to keep or reset")
 
 
 def _scores_are_there(config: RunConfig) -> bool:

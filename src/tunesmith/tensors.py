@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+Runs = Sequence[Sequence[tuple[int, int]]]
+"""Which part of a tensor: for each dimension the stretches (start, stop) that belong to it, in order."""
+
+
+def from_all(own: Any, ranks: dist.ProcessGroup | None = None) -> list[Any]:
+    """What each rank says, by rank; of one that is alone its own."""
+    if not dist.is_initialized():
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size(ranks)
+    dist.all_gather_object(found, own, group=ranks)
+    return found
 
 
 def local_part(x: Tensor) -> Tensor:
@@ -26,15 +40,41 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def part_like(x: Tensor, like: Tensor) -> Tensor:
-    """Of a tensor in one piece what belongs to this rank, cut as `like` is cut; itself where that is whole."""
-    if not isinstance(like, DTensor) or isinstance(x, DTensor):
-        return x
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    own = x[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-    return DTensor.from_local(
-        own.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
-    )
+def own_part(tensor: Tensor) -> tuple[Tensor, Runs]:
+    """(this rank's part of a tensor, which part of the whole it is); both the whole if it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor, [[(0, size)] for size in tensor.shape]
+    return tensor.to_local(), [_runs(tensor, dim) for dim in range(tensor.ndim)]
+
+
+def _runs(tensor: Any, dim: int) -> list[tuple[int, int]]:
+    """Stretches of a dimension that this rank has: torch's own sharding, applied to the numbers 0 … size-1."""
+    size = tensor.shape[dim]
+    placements: list[Any] = []
+    for placement in tensor.placements:
+        if isinstance(placement, _StridedShard) and placement.dim == dim:
+            placements.append(_StridedShard(0, split_factor=placement.split_factor))
+        elif isinstance(placement, Shard) and placement.dim == dim:
+            placements.append(Shard(0))
+        else:
+            placements.append(Replicate())
+    if all(isinstance(placement, Replicate) for placement in placements):
+        return [(0, size)]
+    numbers = torch.arange(size)
+    own = distribute_tensor(numbers, tensor.device_mesh, placements, src_data_rank=None).to_local().cpu()
+    if not len(own):
+        return [(0, 0)]
+    breaks = (own.diff() != 1).nonzero()[:, 0].tolist()
+    edges = [0, *(at + 1 for at in breaks), len(own)]
+    return [(int(own[start]), int(own[stop - 1]) + 1) for start, stop in pairwise(edges)]
+
+
+def copy_part(x: Tensor, runs: Runs, into: Tensor) -> None:
+    """Of a tensor in one piece the part that `own_part` tells of."""
+    for dim, stretches in enumerate(runs):
+        if list(stretches) != [(0, x.shape[dim])]:
+            x = torch.cat([x.narrow(dim, start, stop - start) for start, stop in stretches], dim)
+    into.copy_(x)
 
 
 def room_for(x: Tensor, like: Tensor, device: str | None = None) -> Tensor:

@@ -36,10 +36,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     final = folder / f"step-{step}"
     try:
         aside = begin(folder, step)
-        with (aside / STATE).open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_state(aside / STATE, state)
         finish(aside, final, step, sums(aside, [STATE]), keep)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         shutil.rmtree(folder / f".writing-{step}", ignore_errors=True)
@@ -55,6 +52,14 @@ def begin(folder: Path, step: int) -> Path:
         shutil.rmtree(left_over, ignore_errors=True)
     aside.mkdir()
     return aside
+
+
+def write_state(file: Path, state: Any) -> None:
+    """To the disk, not only to the system."""
+    with file.open("wb") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def sums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

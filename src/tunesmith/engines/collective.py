@@ -20,6 +20,7 @@ from tunesmith.engines.group import Group, check_alike
 from tunesmith.engines.place import place
 from tunesmith.engines.watch import Watch
 from tunesmith.errors import PeerError, UserError
+from tunesmith.tensors import from_all
 
 PREPARE_S = 12 * 3600.0
 """One rank may take so long to read and tokenize data while others wait."""
@@ -41,7 +42,7 @@ class Collective(Group):
         _connect(device, timeout_s)
         self.patient = _patient(dist.group.WORLD, PREPARE_S)
         self.writers = _patient(dist.group.WORLD, max(timeout_s, WRITE_S))
-        kinds = [str(kind) for kind in self._all(device.type)]
+        kinds = [str(kind) for kind in from_all(device.type)]
         if len(set(kinds)) > 1:
             raise UserError(
                 f"engine.device: the ranks have {', '.join(kinds)}: start all of them on devices of one kind"
@@ -55,7 +56,7 @@ class Collective(Group):
     @contextmanager
     def joined(self, facts: Mapping[str, Any]) -> Iterator[None]:
         with self.watch.telling():
-            check_alike(dict(enumerate(self._all(dict(facts)))))
+            check_alike(dict(enumerate(from_all(dict(facts)))))
             yield
             self.at(self.watch.step, "end")
             dist.barrier(self.patient)  # rank 0 may still put the model in place
@@ -66,11 +67,11 @@ class Collective(Group):
             yield
 
     def check_shared(self, folder: Path) -> None:
-        probe, sign = folder / ".seen-by-all", self._all(uuid.uuid4().hex)[0]
+        probe, sign = folder / ".seen-by-all", from_all(uuid.uuid4().hex)[0]
         problem = _write_probe(probe, sign) if self.rank == 0 else None
-        if problem := self._all(problem)[0]:
+        if problem := from_all(problem)[0]:
             raise UserError(f"output: {folder}: rank 0 on {socket.gethostname()} cannot write there: {problem}")
-        answers = self._all((_sees(probe, sign), socket.gethostname(), str(folder)))
+        answers = from_all((_sees(probe, sign), socket.gethostname(), str(folder)))
         if self.rank == 0:
             probe.unlink()
         if blind := [f"rank {n} on {host} ({path})" for n, (sees, host, path) in enumerate(answers) if not sees]:
@@ -81,12 +82,6 @@ class Collective(Group):
 
     def at(self, step: int, doing: str) -> None:
         self.watch.at(step, doing)
-
-    def _all(self, own: Any) -> list[Any]:
-        """What each rank says."""
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, own)
-        return found
 
     @contextmanager
     def one_first(self) -> Iterator[None]:

@@ -107,6 +107,7 @@ class FsdpEngine(SingleEngine):
     @classmethod
     def check(cls, config: RunConfig) -> None:
         engine: Any = config.engine
+        _check_shared_state(config)
         _, _, context, tensor = cls.check_for(config, place().world)
         if engine.cpu_offload and not torch.accelerator.is_available():
             raise UserError("engine.cpu_offload: there is no accelerator whose memory it would spare; leave it out")
@@ -120,13 +121,11 @@ class FsdpEngine(SingleEngine):
         """What of `check` needs none of the architecture's code, for so many ranks; returns the mesh's shape."""
         method: Any = config.method
         shape = _, shard, context, tensor = mesh_shape(config.engine, world)
-        cuts = {
-            "method.init: pissa": getattr(method, "init", ""),
-            "method.weights: stream": getattr(method, "weights", ""),
-        }
-        for setting, value in cuts.items():
-            if setting.endswith(f": {value}"):
-                raise UserError(f"{setting} needs whole weights, of which each rank holds a part: leave it out")
+        for setting, whole_only in (("init", "pissa"), ("weights", "stream")):
+            if getattr(method, setting, "") == whole_only:
+                raise UserError(
+                    f"method.{setting}: {whole_only} needs whole weights, of which each rank holds a part: leave it out"
+                )
         if method.name == "chunk" and method.rounding == "stochastic":
             raise UserError("method.rounding: stochastic draws on each rank by itself: set it to master")
         if getattr(method, "memory", None) is not None:
@@ -311,6 +310,19 @@ class FsdpEngine(SingleEngine):
         for name in cut:
             dist.all_reduce(x, group=self.mesh.get_group(name))
         return x
+
+
+def _check_shared_state(config: RunConfig) -> None:
+    """Optimizer state that ranks cannot hold and save in parts. Raises UserError."""
+    name, cut = config.optimizer.name, "which the ranks of the fsdp engine cut"
+    if name == "adafactor":
+        raise UserError(f"optimizer: adafactor sums over whole matrices, {cut}; use adamw, or lion with half its state")
+    if name == "adamw8bit":
+        raise UserError(
+            f"optimizer: adamw8bit keeps 256 numbers together, {cut}; use adamw, or lion with half its state"
+        )
+    if config.method.name == "chunk" and config.method.state == "8bit":
+        raise UserError(f"method.state: 8bit keeps 256 numbers together, {cut}; set it to keep or reset")
 
 
 def cut_over(x: Tensor) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ read on any other number of them.
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from torch.futures import Future
 from tunesmith.engines import checkpoint
 from tunesmith.engines.checkpoint import NotWritten, Room, first_line
 from tunesmith.errors import UserError
-from tunesmith.tensors import mapped, part_like
+from tunesmith.tensors import copy_part, from_all, mapped, own_part
 
 Found = TypeVar("Found")
 
@@ -49,7 +48,7 @@ def save_parts(folder: Path, step: int, state: dict[str, Any], keep: int, ranks:
 
     skeleton = mapped(state, shape)
     try:
-        _together(lambda: _write_skeleton(checkpoint.begin(folder, step), skeleton) if is_first else None, ranks)
+        _together(lambda: _begin(folder, step, skeleton) if is_first else None, ranks)
         _together(lambda: _see(aside), ranks)
         writer = Writer(aside)
         _save(flat, writer, ranks)
@@ -116,7 +115,9 @@ def read_parts(path: Path, room: Room, ranks: dist.ProcessGroup | None) -> dict[
 
 
 def _put(x: Tensor, space: Tensor) -> Tensor:
-    return space.copy_(part_like(x, space))
+    local, runs = own_part(space)
+    copy_part(x, runs, local)
+    return space
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -141,18 +142,14 @@ def _together(work: Callable[[], Found], ranks: dist.ProcessGroup) -> list[Found
         own = work(), None
     except (OSError, RuntimeError) as error:
         own = None, first_line(error)
-    answers: list[Any] = [None] * dist.get_world_size(ranks)
-    dist.all_gather_object(answers, own, group=ranks)
+    answers = from_all(own, ranks)
     if failed := [f"rank {rank}: {why}" for rank, (_, why) in enumerate(answers) if why is not None]:
         raise Failed("; ".join(failed))
     return [found for found, _ in answers]
 
 
-def _write_skeleton(aside: Path, skeleton: dict[str, Any]) -> None:
-    with (aside / SKELETON).open("wb") as file:
-        torch.save(skeleton, file)
-        file.flush()
-        os.fsync(file.fileno())
+def _begin(folder: Path, step: int, skeleton: dict[str, Any]) -> None:
+    checkpoint.write_state(checkpoint.begin(folder, step) / SKELETON, skeleton)
 
 
 def _remove(folders: list[Path]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
 from tunesmith.plan.activations import Activations
-from tunesmith.tensors import local_part, mesh_of, part_like, room_for
+from tunesmith.tensors import local_part, mesh_of, room_for
 from tunesmith.types import Batch, Memory, Scores, Wanted
 
 Metrics = dict[str, Tensor]
@@ -249,7 +249,7 @@ class Method:
         assert parameters.keys() == self.params.keys(), "the checkpoint is of another method or model"
         with torch.no_grad():
             for name, p in self.params.items():
-                p.copy_(part_like(parameters[name], p))
+                p.copy_(parameters[name])
         self.engine.let_go(self.model)
         self.optimizer.load_state_dict(saved["optimizer"])
 

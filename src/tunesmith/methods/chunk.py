@@ -24,7 +24,7 @@ from tunesmith.methods.trainee import Trainee, num_rows
 from tunesmith.methods.turns import Turns
 from tunesmith.models.load import blocks, head_kind, is_multimodal, value_head
 from tunesmith.models.slices import host_modules
-from tunesmith.tensors import mesh_of, part_like, room_for
+from tunesmith.tensors import mesh_of, room_for
 from tunesmith.types import Batch, Memory
 
 DEFAULT_CHUNKS = 16
@@ -281,7 +281,7 @@ class Chunk(Method):
             trainee.stop()
         with self._readable(), torch.no_grad():
             for name, p in self.params.items():
-                p.copy_(part_like(saved["parameters"][name], p))
+                p.copy_(saved["parameters"][name])
         self.engine.let_go(self.model)
         self.trainees, self.updates = [], saved["updates"]
         self.shelf.load_state_dict(saved["states"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.tensors import mesh_of, part_like
+from tunesmith.tensors import mesh_of
 
 Groups = list[dict[str, Any]]
 
@@ -119,12 +119,7 @@ class Optimizer:
 
     def load_state_dict(self, saved: list[dict[str, Any]]) -> None:
         for part, state in zip(self.parts, saved, strict=True):
-            params = _named(part)
-            numbered = {
-                n: {key: _like(x, p) for key, x in state[name].items()}
-                for n, (name, p) in enumerate(params.items())
-                if name in state
-            }
+            numbered = {n: state[name] for n, name in enumerate(_named(part)) if name in state}
             part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
 
 
@@ -153,8 +148,3 @@ def _named(part: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         name: p for group in part.param_groups for name, p in zip(group["param_names"], group["params"], strict=True)
     }
-
-
-def _like(x: Any, p: Tensor) -> Any:
-    """A number or tensor of a parameter's state, cut over ranks as the parameter is if it has its shape."""
-    return part_like(x, p) if isinstance(x, Tensor) and x.shape == p.shape else x

@@ -16,32 +16,15 @@ from torch import Tensor
 from tunesmith.errors import UserError
 from tunesmith.models.conversion import Piece, empty_like, saving_pieces
 from tunesmith.models.tensor_files import TensorWriter
-from tunesmith.tensors import whole
+from tunesmith.tensors import from_all, whole
 
 FILE_BYTES = 5 * 10**9
 """At most so much goes into a file (one tensor, if that is more)."""
 INDEX = "model.safetensors.index.json"
 
-Gather = Callable[[Tensor], Tensor]
-Exchange = Callable[[str], list[str]]
-
-
-def exchange_texts(text: str) -> list[str]:
-    """What each rank says, by rank."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [text]
-    said = [""] * dist.get_world_size()
-    dist.all_gather_object(said, text)
-    return said
-
 
 @torch.no_grad()
-def save_sharded(
-    model: Any, folder: Path, rank: int, world: int, gather: Gather = whole, exchange: Exchange = exchange_texts,
-    file_bytes: int = FILE_BYTES,
-) -> None:  # fmt: skip
+def save_sharded(model: Any, folder: Path, rank: int, world: int, file_bytes: int = FILE_BYTES) -> None:
     """What `model.save_pretrained(folder)` writes: the same names, shapes, types and bits, in smaller files.
 
     All ranks call it, with a folder that all of them see. Tensors are gathered one after another, and each goes at once
@@ -49,13 +32,13 @@ def save_sharded(
     """
     tensors = dict(model.state_dict(keep_vars=True))
     plan = _plan(model, tensors, file_bytes)
-    _agree(folder, _trouble(_prepare, model, folder) if rank == 0 else "", exchange)
+    _agree(folder, _trouble(_prepare, model, folder) if rank == 0 else "")
     mine = {file for n, file in enumerate(plan.files) if n % world == rank}
     trouble = ""
     with ExitStack() as opened:
         writers: dict[str, TensorWriter] = {}
         for piece, names in plan.pieces:
-            gathered = {key: gather(tensors[key]) for key, _ in piece.sources}
+            gathered = {key: whole(tensors[key]) for key, _ in piece.sources}
             own = [name for name in names if plan.file_of[name] in mine]
             if own and not trouble:  # in trouble too: the others wait for this rank's part of the next tensor
                 made = piece.run(partial(_on_cpu, gathered))
@@ -65,12 +48,12 @@ def save_sharded(
     if rank == 0 and plan.index and not trouble:
         text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
         trouble = _trouble((folder / INDEX).write_text, text, "utf-8")
-    _agree(folder, trouble, exchange)
+    _agree(folder, trouble)
 
 
-def _agree(folder: Path, trouble: str, exchange: Exchange) -> None:
+def _agree(folder: Path, trouble: str) -> None:
     """Raises UserError on all ranks if one is in trouble."""
-    if failed := [f"rank {rank}: {said}" for rank, said in enumerate(exchange(trouble)) if said]:
+    if failed := [f"rank {rank}: {said}" for rank, said in enumerate(from_all(trouble)) if said]:
         raise UserError(f"{folder}: the model cannot be saved: {'; '.join(failed)}; free some space, or mend the disk")
 
 
@@ -141,7 +124,7 @@ def _write(
 
 
 @torch.no_grad()
-def save_adapter(peft_model: Any, folder: Path, rank: int, gather: Gather = whole) -> None:
+def save_adapter(peft_model: Any, folder: Path, rank: int) -> None:
     """What `peft_model.save_pretrained(folder)` writes, of sharded parameters. All ranks call it, rank 0 writes."""
     from peft import get_peft_model_state_dict
 
@@ -151,7 +134,7 @@ def save_adapter(peft_model: Any, folder: Path, rank: int, gather: Gather = whol
     gathered: dict[str, Tensor] = {}
     for name, tensor in empty.items():
         if id(tensor) in chosen:
-            full = gather(tensors[name]).detach()
+            full = whole(tensors[name]).detach()
             gathered |= {name: full.cpu()} if rank == 0 else {}
     if rank == 0:
         peft_model.save_pretrained(folder, state_dict=gathered)

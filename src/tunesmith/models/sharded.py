@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from tunesmith.config import ModelConfig
 from tunesmith.models.conversion import Piece, empty_like, loading_pieces
 from tunesmith.models.load import HeadKind, check_values, from_checkpoint, know_padding, load_config, model_source
 from tunesmith.models.sibling import sibling
-from tunesmith.models.tensor_files import Runs, TensorReader
+from tunesmith.models.tensor_files import TensorReader
+from tunesmith.tensors import copy_part, own_part
 
 OF_ADAPTERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 """What PEFT puts into the names of the model's own weights."""
@@ -192,52 +192,11 @@ class Checkpoint:
                 lambda key: self.reader.tensor(key, dtype),
                 lambda n: any(start <= n < stop for start, stop in rows),
             )
-            _copy_part(made[own], [[(0, local.shape[0])], *others], local)
+            copy_part(made[own], [[(0, local.shape[0])], *others], local)
             return
         made = piece.run(lambda key: self.reader.tensor(key, dtype))
         for own, local, runs in parts:
-            _copy_part(made[own], runs, local)
-
-
-def own_part(tensor: Tensor) -> tuple[Tensor, Runs]:
-    """(this rank's part of a tensor, which part of the whole it is); both the whole if it is not sharded."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(tensor, DTensor):
-        return tensor, [[(0, size)] for size in tensor.shape]
-    return tensor.to_local(), [_runs(tensor, dim) for dim in range(tensor.ndim)]
-
-
-def _runs(tensor: Any, dim: int) -> list[tuple[int, int]]:
-    """Stretches of a dimension that this rank has: torch's own sharding, applied to the numbers 0 … size-1."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    size = tensor.shape[dim]
-    placements: list[Any] = []
-    for placement in tensor.placements:
-        if isinstance(placement, _StridedShard) and placement.dim == dim:
-            placements.append(_StridedShard(0, split_factor=placement.split_factor))
-        elif isinstance(placement, Shard) and placement.dim == dim:
-            placements.append(Shard(0))
-        else:
-            placements.append(Replicate())
-    if all(isinstance(placement, Replicate) for placement in placements):
-        return [(0, size)]
-    numbers = torch.arange(size)
-    own = distribute_tensor(numbers, tensor.device_mesh, placements, src_data_rank=None).to_local().cpu()
-    if not len(own):
-        return [(0, 0)]
-    breaks = (own.diff() != 1).nonzero()[:, 0].tolist()
-    edges = [0, *(at + 1 for at in breaks), len(own)]
-    return [(int(own[start]), int(own[stop - 1]) + 1) for start, stop in pairwise(edges)]
-
-
-def _copy_part(whole: Tensor, runs: Runs, into: Tensor) -> None:
-    for dim, stretches in enumerate(runs):
-        if list(stretches) != [(0, whole.shape[dim])]:
-            whole = torch.cat([whole.narrow(dim, start, stop - start) for start, stop in stretches], dim)
-    into.copy_(whole)
+            copy_part(made[own], runs, local)
 
 
 def _names_of_empty(model: nn.Module) -> list[list[str]]:

@@ -13,6 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from tunesmith.tensors import Runs
+
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -23,9 +25,6 @@ PIECE_BYTES = 2**24
 """At most so much is looked at, at a time (one row, if that is more)."""
 WINDOW_BYTES = 2**26
 """A mapped file's pages count as this process's memory until it is closed: so much is read before it is opened anew."""
-
-Runs = Sequence[Sequence[tuple[int, int]]]
-"""Which part of a tensor: for each dimension the stretches (start, stop) that belong to it, in order."""
 
 
 class TensorReader:

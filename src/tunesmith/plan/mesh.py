@@ -75,10 +75,7 @@ def plan(config: RunConfig, world: int) -> Plan:
     with _process_group(world):
         try:
             return _plan(config, world)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ) as error:  # torch's for what needs numbers
+        except RuntimeError as error:  # torch's for what needs numbers
             raise UserError(
                 f"{config.model.path}: this architecture cannot be planned, since it does not compute with tensors without "
                 f"numbers ({str(error).splitlines()[0]}); another model.precision may do"
