@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.data.pack import batch_of
 from tunesmith.data.prepare import file_content
 from tunesmith.display import short_bytes
-from tunesmith.engines import SingleEngine, build_engine
+from tunesmith.engines import SingleEngine
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner, logprobs_of
@@ -140,20 +140,27 @@ def words_of(tokenizer: Any, model: Any) -> Words:
 
 
 def build_helpers(
-    config: RunConfig, objective: Objective, learner: Learner, batches: Iterable[Batch], fingerprint: str, watch: Watch
+    config: RunConfig,
+    objective: Objective,
+    learner: Learner,
+    batches: Iterable[Batch],
+    fingerprint: str,
+    watch: Watch,
+    skip: Set[str] = frozenset(),
 ) -> dict[str, Any]:
-    """The helpers that the objective needs, by name.
+    """The helpers that the objective needs, by name, but for those to skip.
 
     batches: all that will ever be scored, training and held-out samples once each; fingerprint: of those samples.
     """
+    needs = objective.needs - skip
     helpers: dict[str, Any] = {}
-    if "policy" in objective.needs:
+    if "policy" in needs:
         helpers["policy"] = Policy(learner)
-    if "reference" in objective.needs:
+    if "reference" in needs:
         helpers["reference"] = _reference(config, learner, batches, fingerprint, watch)
-    if "tokenizer" in objective.needs:
+    if "tokenizer" in needs:
         helpers["tokenizer"] = words_of(load_tokenizer(config.model), learner.model)
-    if "teacher" in objective.needs:
+    if "teacher" in needs:
         from tunesmith.teacher import open_teacher
 
         helpers["teacher"] = open_teacher(config, learner, batches, fingerprint, watch)
@@ -211,7 +218,7 @@ def _load_reference(config: RunConfig, learner: Learner) -> ModelReference:
     model_config = config.model.model_copy(update={"path": path, "revision": None, "chat_template": None})
     try:
         ours, theirs = (load_tokenizer(each).get_vocab() for each in (config.model, model_config))
-        engine = build_engine(config.engine, learner.engine.precision)
+        engine = learner.engine.another()
         model, _ = engine.load(model_config, learner.model.dtype)
     except UserError as error:
         raise UserError(f"objective.reference_model: {error}") from error

@@ -15,6 +15,7 @@ from tunesmith.engines import SingleEngine
 from tunesmith.methods import Method
 from tunesmith.models.low_rank import Probe
 from tunesmith.objectives import Objective
+from tunesmith.phases import phase
 from tunesmith.types import Batch
 
 Metrics = dict[str, Tensor]
@@ -45,9 +46,10 @@ class Learner:
             micro_batch = micro_batch.to(self.engine.device)
             if probes:
                 return self._losses(objective, micro_batch, probes, count)
-            scores = self.engine.score(self.model, micro_batch, objective.wanted)
-            loss, metrics = objective.loss(scores, micro_batch)
-            return loss / count, metrics
+            with phase("forward"):
+                scores = self.engine.score(self.model, micro_batch, objective.wanted)
+                loss, metrics = objective.loss(scores, micro_batch)
+                return loss / count, metrics
 
         metrics = quotients(self.method.step(loss_fn, self.method.micro_batches(batch, self.micro_batch_tokens), lr))
         metrics |= objective.derived(metrics)
@@ -88,8 +90,9 @@ class Learner:
             for ready in objective.prepare(batch, helpers):
                 for micro_batch in self.engine.micro_batches(ready, self.micro_batch_tokens):
                     micro_batch = micro_batch.to(self.engine.device)
-                    scores = self.method.score(micro_batch, objective.wanted)
-                    loss, metrics = objective.loss(scores, micro_batch)
+                    with phase("evaluation"):
+                        scores = self.method.score(micro_batch, objective.wanted)
+                        loss, metrics = objective.loss(scores, micro_batch)
                     total = torch.stack([loss, objective.count(micro_batch).to(loss)])
                     for name, value in {"loss": total, **metrics}.items():
                         sums[name] = sums.get(name, 0.0) + value.cpu().double()
@@ -113,7 +116,8 @@ class Learner:
 def logprobs_of(model: Any, engine: SingleEngine, batch: Batch, micro_batch_tokens: int) -> Tensor:
     """Log-probabilities of a whole batch's targets, micro-batch by micro-batch, [B, T] on the CPU. Ranks share the rows out."""
     parts = engine.micro_batches(batch, micro_batch_tokens)
-    pieces = [engine.score(model, part.to(engine.device)).logprobs_BT for part in parts]
+    with phase("reference"):
+        pieces = [engine.score(model, part.to(engine.device)).logprobs_BT for part in parts]
     width = batch.tokens_BT.shape[1]
     found = torch.cat([torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces])
     rows = engine.rows(batch)

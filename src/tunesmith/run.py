@@ -38,7 +38,7 @@ from tunesmith.models.score import has_router
 from tunesmith.objectives import Objective, build_objective
 from tunesmith.report import write_report
 from tunesmith.run_check import check
-from tunesmith.run_data import open_data
+from tunesmith.run_data import RunData, open_data
 from tunesmith.run_folder import EventLog, RunFolder, aside_of, read_events, write_folder
 from tunesmith.schedules import build_schedule
 
@@ -249,12 +249,13 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     engine = build_engine(config.engine, config.model.precision, needs_fp32)
     config = _with(config, "model", precision=engine.precision)
     with engine.group.telling():
-        return _build(config, engine, watch)
+        with engine.group.one_first():
+            data = open_data(config, watch)
+        return assemble(data, engine, watch)
 
 
-def _build(config: RunConfig, engine: SingleEngine, watch: Watch) -> Run:
-    with engine.group.one_first():
-        data = open_data(config, watch)
+def assemble(data: RunData, engine: SingleEngine, watch: Watch, build_helpers: Any = build_helpers) -> Run:
+    """The parts of a run on data that has been read."""
     config, samples, held_out, tokenizer = data.config, data.samples, data.held_out, data.renderer.tokenizer
     if data.renderer.template_is_ours and not samples.counts.conversations:
         tokenizer.chat_template = None  # the model will not know it

@@ -19,7 +19,7 @@ from torch import Tensor
 from tunesmith.alignment import Alignment
 from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.display import short_bytes
-from tunesmith.engines import SingleEngine, build_engine
+from tunesmith.engines import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.helpers import Watch, checkpoint_bytes, stored_scores, weights_key
 from tunesmith.learner import Learner
@@ -27,6 +27,7 @@ from tunesmith.models.head import CHUNK_ELEMENTS
 from tunesmith.models.load import is_multimodal, load_config, load_tokenizer
 from tunesmith.models.probe import isolates_sequences
 from tunesmith.objectives.distill import coarse_logprobs
+from tunesmith.phases import phase
 from tunesmith.score_store import INDEX, ScoreStore
 from tunesmith.types import Batch
 
@@ -52,6 +53,10 @@ class Teacher:
     @torch.no_grad()
     def columns(self, batch: Batch) -> dict[str, Tensor]:
         """What the teacher says about the batch's targets, as token columns on the CPU; see `Distill.prepare`."""
+        with phase("reference"):
+            return self._columns(batch)
+
+    def _columns(self, batch: Batch) -> dict[str, Tensor]:
         row_N, column_N = (batch.weights_BT != 0).nonzero(as_tuple=True)
         asked_M, read = self._read(batch)
         self._check_fits(batch, read)
@@ -200,9 +205,7 @@ def load_teacher(config: RunConfig, learner: Learner) -> Teacher:
     told_apart = section.divergence == "uld"
     model_config = _model_config(config)
     ours = load_tokenizer(config.model)
-    engine = build_engine(
-        config.engine.model_copy(update={"activation_checkpointing": False}), learner.engine.precision
-    )
+    engine = learner.engine.another()
     try:
         theirs = load_tokenizer(model_config)
         model, probed = engine.load(model_config, _dtype(learner))

@@ -91,6 +91,10 @@ class SingleEngine:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
 
+    def another(self) -> SingleEngine:
+        """One of the same kind for a second model beside the run's, which does not train."""
+        return type(self)(self.config.model_copy(update={"activation_checkpointing": False}), self.precision)
+
     def checkpoint_blocks(self, model: Any, on: bool) -> None:
         """Whether blocks are computed again in the backward pass."""
         if on:

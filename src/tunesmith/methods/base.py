@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
+from tunesmith.phases import phase
 from tunesmith.plan.activations import Activations
 from tunesmith.tensors import local_part, mesh_of, room_for
 from tunesmith.types import Batch, Memory, Scores, Wanted
@@ -156,7 +157,8 @@ class Method:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             parts = [local_part(grad) for grad in grads.values()]
             torch._foreach_mul_(parts, scale.to(parts[0].device))  # the host holds them where weights wait there
-        self.update(lr)
+        with phase("update"):
+            self.update(lr)
         return metrics
 
     def ready(self, several: bool) -> None:
@@ -176,7 +178,8 @@ class Method:
         def part(micro_batch: Batch) -> Metrics:
             loss, more = loss_fn(micro_batch)
             if loss.requires_grad:  # not if what trains now has no part in it, as an expert or a tower may not
-                loss.backward()
+                with phase("backward"):
+                    loss.backward()
             return {"loss": loss.detach(), **more}
 
         for p in self.active().values():

@@ -19,6 +19,7 @@ from tunesmith.models.greedy import greedy_answers
 from tunesmith.models.head import Head, Targets, at_least_fp32, score_targets
 from tunesmith.models.load import decoder_of, value_head
 from tunesmith.models.media import hidden_before_head, media_inputs
+from tunesmith.phases import phase
 from tunesmith.types import Batch, Scores, Wanted
 
 
@@ -96,7 +97,8 @@ def score(model: nn.Module, head: Head, batch: Batch, wanted: Wanted | None = No
             main_N, others = targets.of_logits(at_least_fp32(_model_logits(model, batch, places, columns)))
         else:
             hidden_ND = _hidden_of_targets(model, head, batch, places, columns, router if wanted.router else None)
-            main_N, others = score_targets(hidden_ND, head, targets)
+            with phase("logits"):
+                main_N, others = score_targets(hidden_ND, head, targets)
     scores = scores_of(main_N, others, wanted, places, batch, columns)
     return replace(scores, balance_N=_balance(router, batch, _experts_per_token(model), columns)) if router else scores
 

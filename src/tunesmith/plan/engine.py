@@ -1,0 +1,59 @@
+"""The engine of a run that is only foreseen: one device, and a model without numbers."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tunesmith.config import ModelConfig
+from tunesmith.engines.single import SingleEngine
+from tunesmith.models.head import Head
+from tunesmith.models.load import HeadKind, know_padding, shape_of_model
+from tunesmith.models.probe import find_head
+from tunesmith.models.sibling import sibling
+from tunesmith.plan.shadow import Shadow
+
+
+class ForeseenEngine(SingleEngine):
+    """From `place` on, all that is computed has shapes alone. What models do is asked of their small siblings.
+
+    Kernels are those of the CPU, also where another device is foreseen.
+    """
+
+    def __init__(self, config: Any, precision: str, shadow: Shadow, stack: ExitStack) -> None:
+        super().__init__(config.model_copy(update={"device": "cpu", "compile": False}), precision)
+        self.shadow, self.stack = shadow, stack
+
+    def another(self) -> ForeseenEngine:
+        return ForeseenEngine(
+            self.config.model_copy(update={"activation_checkpointing": False}), self.precision, self.shadow, self.stack
+        )
+
+    def load(
+        self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
+        needs_weights: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        with self.shadow.off():
+            model = shape_of_model(config, dtype, head, num_labels)
+            if head != "language":
+                know_padding(config, model)
+            self.small: Any = sibling(model)
+        return model, self.small
+
+    def place(self, model: Any) -> Any:
+        with self.shadow.off():
+            model = super().place(model)
+        self.shadow.hollow_out(model)
+        if not self.shadow.is_on:
+            self.stack.enter_context(self.shadow)
+        return model
+
+    def _head_of(self, model: Any) -> Head:
+        small = find_head(self.small)
+        return small if small.linear is None else replace(small, linear=model.get_output_embeddings())
+
+    def _move(self, model: Any) -> None:
+        """Nothing is there to move."""

@@ -1,0 +1,143 @@
+"""Tensors without numbers: a step runs as it would, and takes neither memory nor arithmetic.
+
+Floating-point tensors are torch's fake ones: they have shape, type and storage size. What says which tokens, positions and
+sequences there are stays real, since the step asks it how large things are; and a mixture of experts sends its tokens to all
+experts alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
+
+from tunesmith.plan.ledger import DEVICE, tensors_in
+
+aten = torch.ops.aten
+
+CPU = torch.device("cpu")
+
+Rule = Callable[..., Any]
+
+
+class Shadow(TorchDispatchMode):
+    """Inside, whatever comes of a hollow tensor is hollow, and so is what is made anew of floating-point numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.is_on = False
+
+    def __enter__(self) -> Self:
+        self.is_on = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.is_on = False
+        super().__exit__(*error)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, tensors have numbers."""
+        with _disable_current_modes() if self.is_on else nullcontext():
+            yield
+
+    def hollow(self, x: Tensor) -> Tensor:
+        """A tensor of this shape and type without numbers, on the CPU."""
+        with self.off(), self.fake:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+
+    def hollow_out(self, model: nn.Module) -> None:
+        """Replace a model's weights and buffers; those that are tied stay so."""
+        made: dict[int, Tensor] = {}
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    if id(p) not in made:
+                        made[id(p)] = nn.Parameter(self.hollow(p), requires_grad=p.requires_grad)
+                    module._parameters[name] = cast(nn.Parameter, made[id(p)])
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    made[id(buffer)] = made.get(id(buffer), self.hollow(buffer))
+                    module._buffers[name] = made[id(buffer)]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is DEVICE:
+            return CPU
+        kwargs = kwargs or {}
+        tensors = list(tensors_in(args, kwargs))
+        real = [x for x in tensors if not isinstance(x, FakeTensor)]
+        if len(real) == len(tensors) and (tensors or not _makes_numbers(function, kwargs)):
+            return function(*args, **kwargs)
+        if rule := RULES.get(function):
+            return rule(self, function, *args, **kwargs)
+        if real:
+            args, kwargs = tree_map(self._faked, (args, kwargs))
+        with self.fake:
+            return function(*args, **kwargs)
+
+    def _faked(self, x: Any) -> Any:
+        return self.fake.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
+
+
+def _makes_numbers(function: Any, kwargs: Any) -> bool:
+    """Whether what an operation without tensors makes is of floating-point numbers."""
+    dtype = kwargs.get("dtype")
+    if dtype is not None:
+        return cast(bool, dtype.is_floating_point)
+    return function is not aten.arange.default and function not in (aten.arange.start, aten.arange.start_step)
+
+
+def _grouped(
+    shadow: Shadow, function: Any, a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, *more: Any
+) -> Any:
+    """A product for each group: rows of `a` with matrices of `b`, or over rows of both. torch's own rule wants bf16."""
+    if a.ndim == 2 and b.ndim == 2:
+        shape: tuple[int, ...] = (len(offs), a.shape[0], b.shape[1])
+    else:
+        shape = (*a.shape[:-1], b.shape[-1])
+    with shadow.fake:
+        return torch.empty(shape, dtype=a.dtype, device=a.device)
+
+
+def _a_number(shadow: Shadow, function: Any, x: Tensor) -> Any:
+    """What code that looks at a number gets to see: a finite one, and that all is well."""
+    return True if x.dtype == torch.bool else 1.0 if x.dtype.is_floating_point else 1
+
+
+def _alike(shadow: Shadow, function: Any, a: Tensor, b: Tensor, *more: Any) -> bool:
+    return True
+
+
+def _top(shadow: Shadow, function: Any, x: Tensor, k: int, dim: int = -1, *more: Any, **named: Any) -> Any:
+    """The largest are taken in turn: experts get as many tokens each."""
+    with shadow.fake:
+        values, hollow = function(x, k, dim, *more, **named)
+    size = x.shape[dim]
+    indices = torch.arange(hollow.numel()).remainder_(size).view(*hollow.movedim(dim, -1).shape).movedim(-1, dim)
+    return values, indices.contiguous()
+
+
+def _first(shadow: Shadow, function: Any, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    with shadow.fake:
+        shape = function(x, dim, keepdim).shape
+    return torch.zeros(shape, dtype=torch.long)
+
+
+RULES: dict[Any, Rule] = {
+    aten._local_scalar_dense.default: _a_number,
+    aten.topk.default: _top,
+    aten.argmax.default: _first,
+    aten.argmin.default: _first,
+    aten._grouped_mm.default: _grouped,
+    aten.allclose.default: _alike,
+    aten.equal.default: _alike,
+}
+"""Operations whose results decide how large other things are."""

@@ -1,0 +1,155 @@
+"""A run's parts on tensors without numbers, and one step of it: what is held at each moment, and what is computed.
+
+The step is the run's own: its model, objective, method and data, by the same code. It is that with the largest micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tunesmith.data.dataset import EvaluationBatches
+from tunesmith.errors import UserError
+from tunesmith.learner import Learner
+from tunesmith.phases import watching
+from tunesmith.plan.engine import ForeseenEngine
+from tunesmith.plan.helpers import foreseen_helpers
+from tunesmith.plan.ledger import Ledger, Peak
+from tunesmith.plan.shadow import Shadow
+from tunesmith.plan.worst import largest_first, worst_batch
+from tunesmith.run import Run, assemble
+from tunesmith.run_data import RunData
+from tunesmith.tensors import mapped
+from tunesmith.types import Batch
+
+TRACED = 2
+"""Micro-batches of a step that are traced: the largest, and the largest of those that come when there are gradients already."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One step, and what comes before and after it."""
+
+    peaks: Mapping[str, Peak]
+    """By phase: forward, logits, backward, update, evaluation, reference, and between them ("")."""
+    rows: int
+    """Of the largest micro-batch."""
+    width: int
+    """Tokens of its longest row."""
+    flops: int
+    """Of what was traced: a micro-batch or two, and an update. Matrix products, attention and convolutions."""
+    moved: int
+    """Bytes that its other operations read and write."""
+    tokens: int
+    """That were traced, padding included."""
+    parameters: int
+    trained: int
+
+    @property
+    def phase(self) -> str:
+        """When the most is held."""
+        return max(self.peaks, key=lambda name: self.peaks[name].bytes)
+
+    @property
+    def peak(self) -> Peak:
+        return self.peaks[self.phase]
+
+
+def trace(data: RunData, precision: str, whole_step: bool = False) -> Traced:
+    """Foresee a run on one device. whole_step: all micro-batches of the step, and not only the first. Raises UserError."""
+    config = data.config
+    shadow = Shadow()
+    with ExitStack() as stack:
+        engine = ForeseenEngine(config.engine, precision, shadow, stack)
+        try:
+            run = assemble(data, engine, lambda what, number: None, foreseen_helpers)
+            with shadow.off():
+                batch, held_out = worst_batch(run), _held_out(run)
+            return _trace(run, shadow, batch if whole_step else first(run, batch), held_out)
+        except RuntimeError as error:  # torch's for what needs numbers
+            raise UserError(
+                f"{config.model.path}: this model cannot be foreseen, since it does not compute with tensors without numbers "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _trace(run: Run, shadow: Shadow, batch: Batch, held_out: Batch | None) -> Traced:
+    ledger, learner = Ledger(), run.learner
+    with recorded(run, ledger):
+        before = ledger.held["optimizer state"]
+        take_step(run, batch, ledger)
+        flops, moved = ledger.flops, ledger.moved
+        ledger.add("optimizer state", ledger.held["optimizer state"] - before, ("forward", "logits", "backward"))
+        if held_out is not None:
+            learner._sums(run.objective, [held_out], run.helpers)
+    pieces = learner.method.micro_batches(batch, learner.micro_batch_tokens)
+    largest = largest_first(pieces)[0]
+    shapes = [p.numel() for p in learner.model.parameters()]
+    trained = sum(p.numel() for p in learner.method.params.values())
+    rows, width = largest.tokens_BT.shape
+    tokens = sum(piece.tokens_BT.numel() for piece in pieces)
+    return Traced(dict(ledger.peaks), rows, width, flops, moved, tokens, sum(shapes), trained)
+
+
+def first(run: Run, batch: Batch) -> Batch:
+    """Of a batch the rows that go through the model first, in as many micro-batches as are traced."""
+    pieces = run.learner.engine.micro_batches(batch, run.learner.micro_batch_tokens)[:TRACED]
+    return batch.rows(0, sum(len(piece.tokens_BT) for piece in pieces))
+
+
+def _held_out(run: Run) -> Batch | None:
+    """Of the held-out batches the first micro-batch of that with the longest sample."""
+    if not len(run.held_out):
+        return None
+    config = run.config
+    batches = EvaluationBatches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack, run.share)
+    longest = int(run.held_out.lengths().sum(1).argmax())
+    batch: Batch = batches[longest // config.train.batch_size]
+    pieces = run.learner.engine.micro_batches(batch, run.learner.micro_batch_tokens)
+    return batch.rows(0, len(pieces[0].tokens_BT))
+
+
+def take_step(run: Run, batch: Batch, ledger: Ledger) -> None:
+    """One update on a batch."""
+    for ready in run.objective.prepare(batch, run.helpers):
+        run.learner.step(run.objective, ready, 1e-6)
+    ledger.name(_states(run.learner), "optimizer state")
+
+
+@contextmanager
+def recorded(run: Run, ledger: Ledger) -> Iterator[None]:
+    """Inside, what the run holds is in the ledger: weights, gradients and optimizer state by name, the rest by phase."""
+    _name_held(run.learner, ledger, run.helpers)
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients"))
+        for p in run.learner.model.parameters()
+        if p.requires_grad
+    ]
+    with ledger, watching(ledger.during):
+        yield
+    for handle in handles:
+        handle.remove()
+
+
+def _name_held(learner: Learner, ledger: Ledger, helpers: Mapping[str, Any]) -> None:
+    """Tell the ledger of what is held from step to step."""
+    for name, p in learner.model.named_parameters():
+        ledger.name([p.detach()], "adapter" if "lora_" in name else "weights")
+    ledger.name(learner.model.buffers(), "weights")
+    ledger.name(_states(learner), "optimizer state")
+    for helper in helpers.values():
+        if (model := getattr(helper, "model", None)) is not None:
+            ledger.name([*model.parameters(), *model.buffers()], "reference and teacher")
+    if learner.method.start:
+        ledger.name(learner.method.start.values(), "reference and teacher")
+
+
+def _states(learner: Learner) -> list[Tensor]:
+    found: list[Tensor] = []
+    state = {name: value for name, value in learner.method.state_dict().items() if name != "parameters"}
+    mapped(state, lambda _, x: found.append(x))
+    return found

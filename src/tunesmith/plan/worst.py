@@ -1,0 +1,56 @@
+"""The batch of a run that takes the most memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tunesmith.data.dataset import Dataset
+from tunesmith.run import Run
+from tunesmith.types import Batch
+
+LOOKED_AT = 20_000
+"""Steps of a run whose lengths are looked at; of a longer one those of its first ones."""
+TRIED = 8
+"""Of these the batches that are made."""
+
+
+def worst_batch(run: Run) -> Batch:
+    """That with the largest micro-batch. Of a stream, whose end nobody knows: of full rows."""
+    if not isinstance(run.data, Dataset):
+        return run.data(0)
+    steps = worst_steps(run)
+    batches = [run.data(step) for step in steps]
+    return max(batches, key=lambda batch: size(_pieces(run, batch)))
+
+
+def worst_step(run: Run) -> int:
+    """Its number, counted from 0."""
+    steps = worst_steps(run)
+    return max(steps, key=lambda step: size(_pieces(run, run.data(step))))
+
+
+def worst_steps(run: Run) -> list[int]:
+    """The few steps among which it is, by the lengths of their samples alone."""
+    data = run.data
+    assert isinstance(data, Dataset), "a stream's samples are not known"
+    lengths = data.samples.lengths().sum(1)
+    looked_at = range(min(run.steps, LOOKED_AT))
+    longest_and_all = [(int(own.max()), int(own.sum())) for own in (lengths[data.indices(step)] for step in looked_at)]
+    by_longest = sorted(looked_at, key=lambda step: longest_and_all[step], reverse=True)[:TRIED]
+    by_all = sorted(looked_at, key=lambda step: longest_and_all[step][::-1], reverse=True)[:TRIED]
+    return list(dict.fromkeys((*by_longest, *by_all)))
+
+
+def _pieces(run: Run, batch: Batch) -> list[Batch]:
+    return run.learner.engine.micro_batches(batch, run.learner.micro_batch_tokens)
+
+
+def largest_first(pieces: Sequence[Batch]) -> list[Batch]:
+    """Micro-batches by their tokens, padding included; of equal ones that with the longest row."""
+    return sorted(pieces, key=lambda piece: (piece.tokens_BT.numel(), piece.tokens_BT.shape[1]), reverse=True)
+
+
+def size(pieces: Sequence[Batch]) -> tuple[int, int, int]:
+    """What micro-batches are compared by: tokens of the largest, its longest row, targets."""
+    largest = largest_first(pieces)[0]
+    return largest.tokens_BT.numel(), largest.tokens_BT.shape[1], int((largest.weights_BT != 0).sum())
