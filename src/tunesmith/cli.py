@@ -105,19 +105,35 @@ def generate(
 
 @app.command()
 def plan(
-    file: Annotated[Path, typer.Argument(help="A run.yaml.")],
+    target: Annotated[str, typer.Argument(metavar="run.yaml|MODEL", help="A configuration, or a model to look at.")],
     overrides: Overrides = None,
-    world: Annotated[int, typer.Option(min=1, help="Ranks that would be started.")] = 8,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, a name such as rtx4090, or bytes such as 24GiB. Default: what is here."),
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of the device.")] = None,
+    world: Annotated[int | None, typer.Option(min=1, help="Plan one of so many ranks.")] = None,
     link: Annotated[float, typer.Option(min=1e-3, help="GB/s that a device sends to others of its node.")] = 450.0,
     network: Annotated[float, typer.Option(min=1e-3, help="GB/s that a device sends to other nodes.")] = 50.0,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Devices of a node.")] = 8,
-    flops: Annotated[float, typer.Option(min=1e-3, help="TFLOP/s that a device reaches.")] = 400.0,
+    flops: Annotated[float, typer.Option(min=1e-3, help="TFLOP/s that each of the ranks' devices reaches.")] = 400.0,
 ) -> None:
-    """What each of many ranks would hold and send: no device, weights or data are needed, only the model's config.json."""
-    from tunesmith.config_file import load_config
-    from tunesmith.plan.table import Machine, print_plan
+    """Memory and time of a run before it starts: no weights are loaded, and no device is needed."""
+    from rich.console import Console
 
-    print_plan(load_config(file, overrides or ()), world, Machine(link, network, ranks_per_node, flops))
+    from tunesmith.config_file import load_config
+
+    config = load_config(Path(target), overrides or ())
+    if world is not None:
+        from tunesmith.plan.table import Machine, print_plan
+
+        print_plan(config, world, Machine(link, network, ranks_per_node, flops))
+        return
+    from tunesmith.plan.devices import find_device
+    from tunesmith.plan.forecast import foresee
+    from tunesmith.plan.show import print_forecast
+
+    print_forecast(foresee(config, find_device(device)), Console(), price)
 
 
 @app.command()

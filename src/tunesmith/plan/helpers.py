@@ -1,4 +1,4 @@
-"""What an objective needs beside the model, in a run that is only foreseen: as in a run, but that nothing is scored beforehand."""
+"""What an objective needs beside the model, in a run that is only foreseen: nothing is scored beforehand."""
 
 from __future__ import annotations
 

@@ -75,6 +75,7 @@ class Ledger(TorchDispatchMode):
         """Of matrix products, attention and convolutions."""
         self.moved = 0
         """Bytes that other operations read and write."""
+        self.operations = 0
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -110,8 +111,10 @@ class Ledger(TorchDispatchMode):
 
     def _work(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         if formula := OF_OPERATION.get(function._overloadpacket):
+            self.operations += 1
             self.flops += formula(*args, **kwargs, out_val=result)
         elif not function.is_view:
+            self.operations += 1
             self.moved += sum(x.numel() * x.element_size() for x in tensors_in((*args, result), kwargs))
 
     def _count(self, x: Tensor, kind: str, again: bool = False) -> None:

@@ -44,6 +44,7 @@ class Traced:
     """Of what was traced: a micro-batch or two, and an update. Matrix products, attention and convolutions."""
     moved: int
     """Bytes that its other operations read and write."""
+    operations: int
     tokens: int
     """That were traced, padding included."""
     parameters: int
@@ -82,7 +83,7 @@ def _trace(run: Run, shadow: Shadow, batch: Batch, held_out: Batch | None) -> Tr
     with recorded(run, ledger):
         before = ledger.held["optimizer state"]
         take_step(run, batch, ledger)
-        flops, moved = ledger.flops, ledger.moved
+        flops, moved, operations = ledger.flops, ledger.moved, ledger.operations
         ledger.add("optimizer state", ledger.held["optimizer state"] - before, ("forward", "logits", "backward"))
         if held_out is not None:
             learner._sums(run.objective, [held_out], run.helpers)
@@ -92,7 +93,7 @@ def _trace(run: Run, shadow: Shadow, batch: Batch, held_out: Batch | None) -> Tr
     trained = sum(p.numel() for p in learner.method.params.values())
     rows, width = largest.tokens_BT.shape
     tokens = sum(piece.tokens_BT.numel() for piece in pieces)
-    return Traced(dict(ledger.peaks), rows, width, flops, moved, tokens, sum(shapes), trained)
+    return Traced(dict(ledger.peaks), rows, width, flops, moved, operations, tokens, sum(shapes), trained)
 
 
 def first(run: Run, batch: Batch) -> Batch:

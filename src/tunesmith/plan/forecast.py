@@ -1,0 +1,137 @@
+"""What a run will take on a device: bytes at the peak, seconds of a step, hours, energy and money."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tunesmith.config import RunConfig
+from tunesmith.data.dataset import Dataset
+from tunesmith.engines import with_engine
+from tunesmith.methods import METHODS
+from tunesmith.plan.devices import Device
+from tunesmith.plan.trace import Traced, trace
+from tunesmith.run_data import RunData, open_data
+
+GAPS = {"cuda": 0.05, "cpu": 0.05}
+"""Share of what comes and goes that the allocator holds beside it, an estimate: rounding, and gaps between blocks."""
+TIGHT = 0.95
+"""From this share of the device's memory on, a run fits only if nothing else is there."""
+
+Verdict = Literal["fits", "tight", "does not fit"]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take."""
+
+    config: RunConfig
+    device: Device
+    precision: str
+    traced: Traced
+    steps: int
+    samples: int
+    """Of a step."""
+    tokens: float
+    """Of a step, on average."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What is held at the peak, by what it is for, with what surrounds torch's tensors."""
+        peak = self.traced.peak
+        moving = sum(size for kind, size in peak.kinds.items() if kind not in HELD)
+        found = {kind: peak.kinds[kind] for kind in ORDER if peak.kinds.get(kind)}
+        found |= {kind: size for kind, size in peak.kinds.items() if kind not in found and size}
+        return found | {"allocator": round(GAPS[self.device.kind] * moving), "context": self.device.context}
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+    @property
+    def margin(self) -> int:
+        """Bytes that are left over."""
+        return self.device.memory - self.needed
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.margin < 0:
+            return "does not fit"
+        return "fits" if self.needed <= TIGHT * self.device.memory else "tight"
+
+    @property
+    def step_s(self) -> tuple[float, float] | None:
+        """Seconds of an average step, from … to; None where nothing is known of the device's speed."""
+        rates = self.device.rates
+        if rates is None:
+            return None
+        share = self.tokens / self.traced.tokens
+        tflops = rates.fp32 if self.precision == "fp32" else rates.bf16
+        others = self.traced.moved / rates.bandwidth / 1e9
+        launches = self.traced.operations * rates.launch_us / 1e6
+
+        def seconds(reach: float) -> float:
+            products = self.traced.flops / tflops / 1e12
+            return share * max((products + others) / reach, launches)
+
+        return seconds(rates.reach[1]), seconds(rates.reach[0])
+
+    @property
+    def run_s(self) -> tuple[float, float] | None:
+        """Seconds of all steps, without loading, evaluation and saving."""
+        return None if self.step_s is None else (self.steps * self.step_s[0], self.steps * self.step_s[1])
+
+
+HELD = ("weights", "adapter", "optimizer state", "reference and teacher", "gradients")
+"""Kinds that stay in place from step to step, without gaps."""
+ORDER = (
+    "weights", "adapter", "reference and teacher", "optimizer state", "gradients", "activations", "activations, computed again",
+    "logits and loss", "backward pass", "update", "evaluation", "generation",
+)  # fmt: skip
+
+
+def foresee(config: RunConfig, device: Device, data: RunData | None = None) -> Forecast:
+    """Plan a run on one device. data: what it trains on, if that has been read. Raises UserError."""
+    data = data or open_data(with_engine(config))
+    config = data.config
+    precision = foreseen_precision(config, device)
+    traced = trace(data, precision)
+    samples = config.train.batch_size
+    if isinstance(data.batches, Dataset):
+        tokens = data.batches.epoch_tokens / data.batches.epoch_samples * samples
+    else:
+        tokens = float(data.samples.lengths().sum(1).mean()) * samples
+    return Forecast(config, device, precision, traced, data.steps, samples, tokens)
+
+
+def foreseen_precision(config: RunConfig, device: Device) -> str:
+    """What `model.precision: auto` comes to there."""
+    if config.model.precision != "auto":
+        return config.model.precision
+    rates = device.rates
+    if rates is not None and rates.bf16 < rates.fp32 / 0.75:
+        return "fp32"
+    return "mixed" if METHODS[config.method.name].needs_fp32_weights(config.method) else "bf16"
+
+
+def energy_kwh(forecast: Forecast) -> tuple[float, float] | None:
+    """Of the device at full power."""
+    if forecast.run_s is None or forecast.device.watts is None:
+        return None
+    low, high = (seconds / 3.6e6 * forecast.device.watts for seconds in forecast.run_s)
+    return low, high
+
+
+def as_numbers(forecast: Forecast) -> Mapping[str, object]:
+    """For a manifest."""
+    return {
+        "device": forecast.device.name,
+        "memory_bytes": forecast.device.memory,
+        "needed_bytes": forecast.needed,
+        "phase": forecast.traced.phase,
+        "parts": forecast.parts,
+        "peaks": {name: peak.bytes for name, peak in forecast.traced.peaks.items()},
+        "step_s": forecast.step_s,
+    }
