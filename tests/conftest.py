@@ -167,7 +167,7 @@ def make_config(model_folder: Callable[[str], Path], chat_file: Path, tmp_path: 
             "data": {"path": str(chat_file), "max_tokens": 128, "eval_fraction": 0.2},
             "engine": {"name": "single", "device": "cpu"},
             "optimizer": {"name": "adamw", "lr": 1e-2},
-            "train": {"batch_size": 4, "steps": 4},
+            "train": {"batch_size": 4, "steps": 4, "foresee": False},
             "output": str(tmp_path / "run"),
         }
         for name, value in sections.items():

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tunesmith.config_data import DataConfig, SetConfig
-from tunesmith.config_methods import AnyMethod, ChunkConfig, FreezeConfig, FullConfig, LoraConfig, ZerothConfig
+from tunesmith.config_methods import AnyMethod, ChunkConfig, FreezeConfig, FullConfig, LoraConfig, Size, ZerothConfig
 from tunesmith.config_objectives import AnyObjective, PretrainConfig, SftConfig
 from tunesmith.config_section import Count, PathSection, PositiveInt, Section, Share
 
@@ -225,6 +225,12 @@ class TrainConfig(Section):
     Default: two rows of data.max_tokens, at least 4096."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this norm; null: never."""
+    memory: Size | None = None
+    """What the run may take, in bytes or as 14GiB. One that would take more is refused before anything is loaded. Default: what
+    the device has. Method chunk with a memory of its own keeps to that."""
+    foresee: bool = True
+    """Foresee memory and time before anything is loaded, and let the largest batch go through the model before the first step:
+    what does not fit then fails at once. On one device."""
 
 
 class CheckpointConfig(Section):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunesmith.engines import SingleEngine
 from tunesmith.methods import Method
+from tunesmith.methods.base import LossFn
 from tunesmith.models.low_rank import Probe
 from tunesmith.objectives import Objective
 from tunesmith.phases import phase
@@ -40,6 +41,18 @@ class Learner:
     def step(self, objective: Objective, batch: Batch, lr: float) -> Metrics:
         """One update on one prepared batch, which is whole on all ranks; what of it goes through the model here is the method's
         and the engine's business."""
+        loss_fn, parts = self._work(objective, batch)
+        metrics = quotients(self.method.step(loss_fn, parts, lr))
+        metrics |= objective.derived(metrics)
+        objective.update(metrics)
+        return metrics | {"target_tokens": (batch.weights_BT != 0).sum(), "tokens": batch.num_tokens()}
+
+    def rehearse(self, objective: Objective, batch: Batch) -> None:
+        """What a step does before its update; nothing is changed by it."""
+        self.method.rehearse(*self._work(objective, batch))
+
+    def _work(self, objective: Objective, batch: Batch) -> tuple[LossFn, list[Batch]]:
+        """The loss of a micro-batch, as a part of the whole batch's, and the micro-batches."""
         count = objective.count(batch).clamp(min=1)
 
         def loss_fn(micro_batch: Batch, probes: Sequence[Probe] = ()) -> tuple[Tensor, Metrics]:
@@ -51,10 +64,7 @@ class Learner:
                 loss, metrics = objective.loss(scores, micro_batch)
                 return loss / count, metrics
 
-        metrics = quotients(self.method.step(loss_fn, self.method.micro_batches(batch, self.micro_batch_tokens), lr))
-        metrics |= objective.derived(metrics)
-        objective.update(metrics)
-        return metrics | {"target_tokens": (batch.weights_BT != 0).sum(), "tokens": batch.num_tokens()}
+        return loss_fn, self.method.micro_batches(batch, self.micro_batch_tokens)
 
     def _losses(
         self, objective: Objective, micro_batch: Batch, probes: Sequence[Probe], count: Tensor
@@ -72,7 +82,7 @@ class Learner:
         group = self.engine.group
         while True:
             ranks = group.ranks
-            own = self._sums(objective, islice(batches, ranks.index(group.rank), None, len(ranks)), helpers)
+            own = self.sums(objective, islice(batches, ranks.index(group.rank), None, len(ranks)), helpers)
             found = group.gather({name: value.tolist() for name, value in own.items()})
             if len(found) == len(ranks):  # else anew: one was lost, and its batches with it
                 break
@@ -82,7 +92,7 @@ class Learner:
         metrics = quotients(self.engine.sums(sums))
         return metrics | objective.derived(metrics)
 
-    def _sums(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:
+    def sums(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:
         """(sum, count) of the loss and of each metric over the batches."""
         self.model.eval()
         for p in self.method.active().values():  # those of the last step, which the next one takes anew

@@ -18,9 +18,10 @@ from tunesmith.data.samples import Counts
 from tunesmith.display import short_bytes, short_number
 from tunesmith.engines.place import place
 from tunesmith.models.load import model_source
+from tunesmith.plan.forecast import as_numbers
 
 if TYPE_CHECKING:
-    from tunesmith.run import Run
+    from tunesmith.assemble import Run
 
 PACKAGES = ("tunesmith", "torch", "transformers", "peft", "safetensors")
 
@@ -86,6 +87,7 @@ def manifest(run: Run, facts: list[tuple[str, str]]) -> dict[str, Any]:
         "loss_unit": run.objective.unit,
         "shows": list(run.objective.shows),
         "header": facts,
+        "foreseen": as_numbers(run.forecast) if run.forecast else None,
     }
 
 

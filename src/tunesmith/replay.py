@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
+from tunesmith.assemble import model_dtype
 from tunesmith.config import SingleConfig
 from tunesmith.engines import build_engine
 from tunesmith.errors import UserError
@@ -18,7 +19,7 @@ from tunesmith.methods.update_log import differing, read_log
 from tunesmith.methods.zeroth import Zeroth
 from tunesmith.models.load import load_model, model_source
 from tunesmith.objectives import build_objective
-from tunesmith.run import model_dtype, save_beside
+from tunesmith.run import save_beside
 from tunesmith.run_data import build_renderer
 from tunesmith.run_folder import RunFolder, write_folder
 

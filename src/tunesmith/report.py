@@ -17,6 +17,11 @@ def write_report(folder: RunFolder) -> None:
     evals = [event for event in events if event["event"] == "eval"]
     if steps:
         _picture(steps, evals, folder.path / "loss.png", folder.read_manifest())
+    foreseen = (folder.read_manifest().get("foreseen") or {}).get("peaks", {})
+    measured = next((event for event in reversed(events) if event["event"] == "memory"), {})
+    phases = [name for name in foreseen if name in measured]
+    if phases:
+        _memory_picture(phases, foreseen, measured, folder.path / "memory.png")
     write_text(folder.path / "report.md", _text(folder, steps, evals, folder.read_manifest()))
 
 
@@ -41,6 +46,30 @@ def _picture(steps: list[dict[str, Any]], evals: list[dict[str, Any]], file: Pat
         axes.grid(alpha=0.3)
         axes.legend()
     aside = file.with_name(".loss.writing.png")
+    figure.savefig(aside, dpi=120)
+    aside.replace(file)
+
+
+def _memory_picture(phases: list[str], foreseen: dict[str, int], measured: dict[str, Any], file: Path) -> None:
+    """Of each phase of a step the most that was foreseen, and what the largest batch took."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    largest = max(max(foreseen[name], measured[name]) for name in phases)
+    size, unit = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+    at = range(len(phases))
+    bars = (("foreseen", foreseen, "#9ecae1", -0.2), ("measured", measured, "#2171b5", 0.2))
+    for label, numbers, colour, shift in bars:
+        drawn = axes.bar(
+            [x + shift for x in at], [numbers[name] / size for name in phases], 0.38, label=label, color=colour
+        )
+        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
+    axes.set_xticks(at, phases)
+    axes.set_ylabel(f"tensors at most ({unit})")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right")
+    aside = file.with_name(".memory.writing.png")
     figure.savefig(aside, dpi=120)
     aside.replace(file)
 
@@ -76,6 +105,8 @@ def _text(folder: RunFolder, steps: list[dict[str, Any]], evals: list[dict[str, 
         lines.append("- **held-out loss**: not measured: no sample was held out (data.eval_path, data.eval_fraction)")
     if steps:
         lines += ["", "![loss over the steps](loss.png)"]
+    if (folder.path / "memory.png").exists():
+        lines += ["", "![memory that was foreseen, and that was measured](memory.png)"]
     ended = folder.has_ended()
     talk = f"The model is in `model/`. Talk to it: `tunesmith chat {folder.path}`"
     go_on = f"The run has not ended. Go on with it: `tunesmith train --resume {folder.path}`"

@@ -3,76 +3,47 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from tunesmith.assemble import Run, assemble
 from tunesmith.config import Engine, RunConfig
 from tunesmith.config_file import differing_keys, settings_of
-from tunesmith.data.dataset import Dataset, EvaluationBatches, evaluation_batches
+from tunesmith.data.dataset import evaluation_batches
 from tunesmith.data.media import Processor
 from tunesmith.data.prepare import Watch, unwatched
-from tunesmith.data.samples import Samples
-from tunesmith.data.stream import StreamDataset
 from tunesmith.display import Progress, header, reading
-from tunesmith.engines import ENGINES, SingleEngine, build_engine, with_engine
-from tunesmith.engines.context import unable
+from tunesmith.engines import ENGINES, build_engine, with_engine
 from tunesmith.engines.place import place
 from tunesmith.errors import UserError
-from tunesmith.helpers import build_helpers
 from tunesmith.hooks import Checkpoint, Evaluate, Hook, Log, Ranks
 from tunesmith.interrupt import StopRequest
-from tunesmith.learner import Learner
 from tunesmith.loop import train as run_loop
 from tunesmith.manifest import describe, manifest, other_models, versions, weights_hash
-from tunesmith.methods import METHODS, Extent, NonFiniteError, build_method
+from tunesmith.methods import METHODS, NonFiniteError
 from tunesmith.models.load import model_source, padding_token
-from tunesmith.models.probe import attention_span, isolates_sequences, shares_prefixes
-from tunesmith.models.score import has_router
-from tunesmith.objectives import Objective, build_objective
+from tunesmith.objectives import Objective
+from tunesmith.plan.start import foreseen, is_out_of_memory, out_of_memory, rehearse, shown
 from tunesmith.report import write_report
 from tunesmith.run_check import check
-from tunesmith.run_data import RunData, open_data
+from tunesmith.run_data import open_data
 from tunesmith.run_folder import EventLog, RunFolder, aside_of, read_events, write_folder
 from tunesmith.schedules import build_schedule
 
-WIDEST_MASK = 8192
-"""Tokens of the longest row in which prompts are shared: the attention mask has their square, 256 MiB in fp32."""
-
 MAY_CHANGE_ON_RESUME = (
-    "train.steps", "train.epochs", "train.micro_batch_tokens", "method.memory", "method.scorer", "method.vllm", "engine.",
-    "checkpoint.", "evaluate.", "log.",
+    "train.steps", "train.epochs", "train.micro_batch_tokens", "train.memory", "train.foresee", "method.memory",
+    "method.scorer", "method.vllm", "engine.", "checkpoint.", "evaluate.", "log.",
 )  # fmt: skip
 
 OF_A_RANK = ("engine.device", "output")
 """Settings in which ranks of a run may differ."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """The parts of a run, built from its configuration."""
-
-    config: RunConfig
-    """With everything resolved that was auto."""
-    tokenizer: Any
-    objective: Objective
-    samples: Samples
-    held_out: Samples
-    learner: Learner
-    pack: bool
-    """Whether sequences share rows: asked for, and the model keeps them apart."""
-    share: bool
-    """Whether what both of a pair begin with goes through the model once: asked for, and the model allows it."""
-    helpers: Mapping[str, Any]
-    """What the objective needs beside the model."""
-    data: Dataset | StreamDataset
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +86,7 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: E
     """The run on the only rank, or on that which writes its folder. engine: as it was asked for, since a run may go on with
     another number of ranks."""
     saved = _restore(run, folder, console) if resume else 0
-    facts = describe(run)
+    facts = describe(run) + (shown(run.forecast) if run.forecast else [])
     header(console, f"tunesmith → {folder.path}", facts)
     folder.write_manifest(manifest(run, facts))
     folder.claim(run.config.model_copy(update={"engine": engine}))
@@ -129,7 +100,10 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: E
     log = Log(events, progress, config.log.every_steps)
     evaluate, ranks = _evaluation(run, log), Ranks(log)
     checkpoint = Checkpoint(folder, log, config.checkpoint, run.objective, saved=saved)
-    with progress, StopRequest() as stop:
+    with progress, StopRequest() as stop, _memory_told(run):
+        if measured := _rehearsed(run):
+            events.write("memory", step=start, **measured)
+        log.pause()
         try:
             step = _steps(run, start, evaluate, [ranks, log, evaluate, checkpoint], stop)
         except NonFiniteError as error:
@@ -155,7 +129,8 @@ def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Resu
     group.hand_over(lambda: b"", lambda state: begun.append(_unpack(run, state)))
     evaluate, start = _evaluation(run, None), begun[-1]
     checkpoint = Checkpoint(folder, None, config.checkpoint, run.objective, saved=start)
-    with StopRequest() as stop:
+    with StopRequest() as stop, _memory_told(run):
+        _rehearsed(run)
         try:
             step = _steps(run, start, evaluate, [evaluate, *[checkpoint] * group.reads_checkpoints], stop)
         except NonFiniteError as error:
@@ -168,6 +143,22 @@ def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Resu
             if group.reads_checkpoints:
                 learner.method.save(aside_of(folder.model))
     return Result(folder.path, step, step == run.steps, evaluate.losses)
+
+
+def _rehearsed(run: Run) -> dict[str, int]:
+    """Bytes that the largest batch took, by phase; nothing if that was not asked for."""
+    return rehearse(run) if run.config.train.foresee else {}
+
+
+@contextmanager
+def _memory_told(run: Run) -> Iterator[None]:
+    """Inside, an allocation that fails becomes an error with what was held and what would help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, run) from error
 
 
 def _evaluation(run: Run, log: Log | None) -> Evaluate:
@@ -251,111 +242,8 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     with engine.group.telling():
         with engine.group.one_first():
             data = open_data(config, watch)
-        return assemble(data, engine, watch)
-
-
-def assemble(data: RunData, engine: SingleEngine, watch: Watch, build_helpers: Any = build_helpers) -> Run:
-    """The parts of a run on data that has been read."""
-    config, samples, held_out, tokenizer = data.config, data.samples, data.held_out, data.renderer.tokenizer
-    if data.renderer.template_is_ours and not samples.counts.conversations:
-        tokenizer.chat_template = None  # the model will not know it
-
-    torch.manual_seed(config.seed)  # the start of what a method inserts
-    objective = build_objective(config.objective)
-    if not engine.has_whole_rows and any(part.have_media for part in (samples, held_out)):
-        raise unable("images, audio and video must be seen with the whole row")
-    model, probed = engine.load(
-        config.model, model_dtype(engine.precision), objective.head, objective.num_labels,
-        METHODS[config.method.name].starts_from_weights(config.method),
-    )  # fmt: skip
-    _check_fits(config, model, probed, objective, samples, held_out)
-    only_scores = "autograd" not in METHODS[config.method.name].requires
-    # over rows that are cut, packed attention would need a mask with the square of their length
-    usual = only_scores or (engine.device.type != "cpu" and engine.has_whole_rows)
-    pack = config.data.pack if config.data.pack is not None else usual
-    pack = pack and data.can_pack and isolates_sequences(probed)
-    share = (
-        config.data.share_prompt
-        and objective.form == "pairs"
-        and data.can_pack
-        and engine.has_whole_rows
-        and _may_share(config, probed, pack, samples, held_out)
-    )
-    assert config.train.micro_batch_tokens is not None, "RunConfig fills it"
-    longest = _longest(config, samples, held_out)
-    tokens = config.data.max_tokens if pack else min(config.data.max_tokens, longest)
-    group = max(part.group_size for part in samples.parts)  # whose rows never part
-    rows = max(group, config.train.micro_batch_tokens // tokens)
-    accumulates = group * config.train.batch_size > rows
-    generate = objective.wanted.generate
-    behind = generate.max_new_tokens if generate else 1
-    extent = Extent(data.steps, rows, tokens, accumulates, config.seed, longest + behind)
-    method = build_method(config, extent)
-    learner = Learner(model, engine, method, config.train.micro_batch_tokens)
-    config = _with(config, "method", **method.resolved())
-    batches = replace(data.batches, pack=pack, share=share)
-    size = (config.train.batch_size, config.data.max_tokens, pack, share)
-    every = chain.from_iterable(EvaluationBatches(part, *size) for part in (samples, held_out) if len(part))
-    fingerprint = samples.fingerprint() + held_out.fingerprint()
-    helpers = build_helpers(config, objective, learner, every, fingerprint, watch)
-    return Run(config, tokenizer, objective, samples, held_out, learner, pack, share, helpers, batches, data.steps)
-
-
-def model_dtype(precision: str) -> torch.dtype:
-    """Of the weights of the model that trains."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def _may_share(config: RunConfig, model: Any, pack: bool, *sets: Samples) -> bool:
-    """Whether continuations of one beginning can stand in a row: the model obeys a mask, and sees as far as they are long."""
-    span, longest = attention_span(model), _longest(config, *sets)
-    widest = 2 * (config.data.max_tokens if pack else longest)
-    return (span is None or longest <= span) and widest <= WIDEST_MASK and shares_prefixes(model)
-
-
-def _longest(config: RunConfig, *sets: Samples) -> int:
-    """Tokens of the longest sample; of a stream the most there may be, since later windows may hold longer ones."""
-    if config.data.stream:
-        return config.data.max_tokens
-    return max(int(part.lengths().max()) for part in sets if len(part))
-
-
-def _check_fits(config: RunConfig, model: Any, probed: Any, objective: Objective, *sets: Samples) -> None:
-    """Positions and token ids that the model knows, and experts where they are to be balanced. probed: as `load` gives it.
-    Raises UserError."""
-    if "router" in objective.reads and any(part.have_media for part in sets):
-        raise UserError(
-            "objective.router_loss: experts are balanced on text alone, but there are media in the data; set it to 0"
-        )
-    if "router" in objective.reads and not has_router(probed):
-        raise UserError(
-            f"objective.router_loss: {type(model).__name__} is no mixture of experts that tells where it sends its tokens; set "
-            "it to 0"
-        )
-    generates = "generated" in objective.reads
-    if generates and any(part.have_media for part in sets):
-        raise UserError(
-            f"objective: {config.objective.name} answers text alone, but there are media in the data; use sft for them"
-        )
-    more = objective.config.max_new_tokens if generates else 0
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if more and positions and more >= positions:
-        raise UserError(
-            f"objective.max_new_tokens: {more} are asked for, but the model knows {positions} positions in all; lower it"
-        )
-    rows = model.get_input_embeddings().weight.shape[0]
-    for samples in sets:
-        if positions and len(samples) and samples.lengths().max() > positions - more:
-            answers = f", and generated answers (objective.max_new_tokens) up to {more} more" if more else ""
-            raise UserError(
-                f"data.max_tokens: the longest sample has {samples.lengths().max()} tokens{answers}, but the model knows "
-                f"{positions} positions; set data.max_tokens to {positions - more} at most"
-            )
-        if samples.max_token() >= rows:
-            raise UserError(
-                f"{config.model.path}: the tokenizer gives token id {samples.max_token()}, but the model has {rows} "
-                "embeddings: they do not belong together"
-            )
+        forecast = foreseen(data, engine)
+        return replace(assemble(data, engine, watch), forecast=forecast)
 
 
 def _restore(run: Run, folder: RunFolder, console: Console) -> int:

@@ -161,6 +161,13 @@ class Method:
             self.update(lr)
         return metrics
 
+    def rehearse(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> None:
+        """What `step` does before anything changes."""
+        self.ready(several=len(micro_batches) > 1)
+        self.gradient(loss_fn, micro_batches)
+        for p in self.active().values():
+            p.grad = None
+
     def ready(self, several: bool) -> None:
         """Choose what trains at the next step, and how its gradients are kept. several: they are sums over micro-batches."""
 

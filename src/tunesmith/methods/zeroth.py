@@ -167,6 +167,14 @@ class Zeroth(Method):
         self._apply(Update(number, tuple(scale * slopes.get(q, 0.0) for q in range(self.config.queries)), checksum))
         return metrics
 
+    @torch.no_grad()
+    def rehearse(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> None:
+        self.directions.begin(len(self.updates), self.config.queries)  # as the next step will
+        self.model.eval()
+        for micro_batch in micro_batches:
+            loss_fn(micro_batch, self.probes)
+        self.model.train()
+
     def score(self, batch: Batch, wanted: Wanted) -> Scores:
         if self.scorer.holds_weights:
             return self.scorer.score(batch, wanted, [Probe(0, 0.0)])[0]

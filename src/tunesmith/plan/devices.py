@@ -94,12 +94,12 @@ def find_device(name: str | None) -> Device:
         memory, fp32, bf16, bandwidth, watts = SHEETS[name]
         return Device(name, "cuda", int(memory * 2**30), Rates(fp32, bf16, bandwidth, LAUNCH_US, OF_SHEETS), watts)
     if name == "cpu":
-        return Device("cpu", "cpu", psutil.virtual_memory().available, _measured("cpu"))
+        return Device("cpu", "cpu", psutil.virtual_memory().available, measured_rates("cpu"))
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device: cuda: there is none here; name one of the table, such as rtx4090, or its memory")
         memory = torch.cuda.get_device_properties(0).total_memory
-        return Device(torch.cuda.get_device_name(), "cuda", memory, _measured("cuda"))
+        return Device(torch.cuda.get_device_name(), "cuda", memory, measured_rates("cuda"))
     if size := bytes_of(name):
         return Device(name, "cuda", size)
     known = ", ".join(SHEETS)
@@ -120,7 +120,7 @@ def bytes_of(text: str) -> int | None:
     return int(float(match[1]) * unit ** (" kmgt".index(match[2])))
 
 
-def _measured(kind: str) -> Rates:
+def measured_rates(kind: str) -> Rates:
     """Rates of the device that is here: measured within a few seconds, and kept."""
     of = torch.cuda.get_device_name() if kind == "cuda" else f"cpu {torch.get_num_threads()} threads"
     file = cache_folder() / "rates.json"

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tunesmith.assemble import Run, assemble
 from tunesmith.data.dataset import EvaluationBatches
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
@@ -21,7 +22,6 @@ from tunesmith.plan.helpers import foreseen_helpers
 from tunesmith.plan.ledger import Ledger, Peak
 from tunesmith.plan.shadow import Shadow
 from tunesmith.plan.worst import largest_first, worst_batch
-from tunesmith.run import Run, assemble
 from tunesmith.run_data import RunData
 from tunesmith.tensors import mapped
 from tunesmith.types import Batch
@@ -69,7 +69,7 @@ def trace(data: RunData, precision: str, whole_step: bool = False) -> Traced:
         try:
             run = assemble(data, engine, lambda what, number: None, foreseen_helpers)
             with shadow.off():
-                batch, held_out = worst_batch(run), _held_out(run)
+                batch, held_out = worst_batch(run), held_out_batch(run)
             return _trace(run, shadow, batch if whole_step else first(run, batch), held_out)
         except RuntimeError as error:  # torch's for what needs numbers
             raise UserError(
@@ -86,7 +86,7 @@ def _trace(run: Run, shadow: Shadow, batch: Batch, held_out: Batch | None) -> Tr
         flops, moved, operations = ledger.flops, ledger.moved, ledger.operations
         ledger.add("optimizer state", ledger.held["optimizer state"] - before, ("forward", "logits", "backward"))
         if held_out is not None:
-            learner._sums(run.objective, [held_out], run.helpers)
+            learner.sums(run.objective, [held_out], run.helpers)
     pieces = learner.method.micro_batches(batch, learner.micro_batch_tokens)
     largest = largest_first(pieces)[0]
     shapes = [p.numel() for p in learner.model.parameters()]
@@ -102,7 +102,7 @@ def first(run: Run, batch: Batch) -> Batch:
     return batch.rows(0, sum(len(piece.tokens_BT) for piece in pieces))
 
 
-def _held_out(run: Run) -> Batch | None:
+def held_out_batch(run: Run) -> Batch | None:
     """Of the held-out batches the first micro-batch of that with the longest sample."""
     if not len(run.held_out):
         return None
@@ -118,7 +118,7 @@ def take_step(run: Run, batch: Batch, ledger: Ledger) -> None:
     """One update on a batch."""
     for ready in run.objective.prepare(batch, run.helpers):
         run.learner.step(run.objective, ready, 1e-6)
-    ledger.name(_states(run.learner), "optimizer state")
+    ledger.name(states(run.learner), "optimizer state")
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _name_held(learner: Learner, ledger: Ledger, helpers: Mapping[str, Any]) -> 
     for name, p in learner.model.named_parameters():
         ledger.name([p.detach()], "adapter" if "lora_" in name else "weights")
     ledger.name(learner.model.buffers(), "weights")
-    ledger.name(_states(learner), "optimizer state")
+    ledger.name(states(learner), "optimizer state")
     for helper in helpers.values():
         if (model := getattr(helper, "model", None)) is not None:
             ledger.name([*model.parameters(), *model.buffers()], "reference and teacher")
@@ -149,7 +149,8 @@ def _name_held(learner: Learner, ledger: Ledger, helpers: Mapping[str, Any]) -> 
         ledger.name(learner.method.start.values(), "reference and teacher")
 
 
-def _states(learner: Learner) -> list[Tensor]:
+def states(learner: Learner) -> list[Tensor]:
+    """What the method keeps beside what it trains."""
     found: list[Tensor] = []
     state = {name: value for name, value in learner.method.state_dict().items() if name != "parameters"}
     mapped(state, lambda _, x: found.append(x))

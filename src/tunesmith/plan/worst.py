@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tunesmith.assemble import Run
 from tunesmith.data.dataset import Dataset
-from tunesmith.run import Run
 from tunesmith.types import Batch
 
 LOOKED_AT = 20_000

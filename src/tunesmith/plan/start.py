@@ -1,0 +1,155 @@
+"""The beginning of a run: what it will take is foreseen before anything is loaded, and its largest batch goes first."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from tunesmith.config import RunConfig
+from tunesmith.data.dataset import Dataset
+from tunesmith.display import short_bytes
+from tunesmith.engines.single import SingleEngine
+from tunesmith.errors import UserError
+from tunesmith.phases import watching
+from tunesmith.plan.devices import Device, measured_rates
+from tunesmith.plan.forecast import Forecast, foresee
+from tunesmith.plan.ledger import Ledger
+from tunesmith.plan.show import in_short, time_in_words
+from tunesmith.plan.trace import first, held_out_batch, recorded
+from tunesmith.plan.worst import worst_batch
+from tunesmith.run_data import RunData
+
+
+def foreseen(data: RunData, engine: SingleEngine) -> Forecast | None:
+    """What the run will take on the engine's device; None if that was not asked for, or cannot be known. Raises UserError, with
+    what would help, for a run that takes more than there is."""
+    config = data.config
+    if not config.train.foresee or type(engine) is not SingleEngine:
+        return None
+    try:
+        with warnings.catch_warnings():  # the run itself will give them
+            warnings.simplefilter("ignore")
+            forecast = foresee(config, device_here(engine.device, config.train.memory), data)
+    except Exception:  # a model that cannot be foreseen may well be trained
+        if config.train.memory is not None:
+            raise
+        return None
+    if forecast.margin < 0:
+        raise UserError(refusal(forecast, data))
+    return forecast
+
+
+def device_here(device: torch.device, memory: int | None) -> Device:
+    """The engine's device. memory: what of it the run may take."""
+    if device.type == "cuda":
+        name, there = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        name, there = "this machine", psutil.virtual_memory().total
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    return Device(name, kind, min(memory or there, there), measured_rates(kind))
+
+
+def refusal(forecast: Forecast, data: RunData) -> str:
+    """Why a run does not fit, and what would."""
+    parts = ", ".join(f"{name} {short_bytes(size)}" for name, size in _largest(forecast.parts))
+    return (
+        f"train.memory: {short_bytes(forecast.device.memory)} are too little: the run would take "
+        f"{short_bytes(forecast.needed)} ({parts})\n" + remedies(forecast, data)
+    )
+
+
+def remedies(forecast: Forecast, data: RunData) -> str:
+    """The nearest settings that fit, a line each."""
+    from tunesmith.plan.fit import nearest
+
+    found = nearest(forecast, data)
+    lines = [f"  {' '.join(fit.overrides)}   {fit.what}: {short_bytes(fit.forecast.needed)}" for fit in found]
+    return "\n".join(["what would fit:", *lines] if lines else ["nothing that is known would make it fit"])
+
+
+def _largest(parts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(parts.items(), key=lambda part: -part[1])[:4]
+
+
+def shown(forecast: Forecast) -> list[tuple[str, str]]:
+    """For a run's header."""
+    return [("foreseen", in_short(forecast)), ("", time_in_words(forecast))]
+
+
+def rehearse(run: Any) -> dict[str, int]:
+    """Let the run's largest batch, and the largest held-out one, go through the model before the first step, beside as much
+    memory as the optimizer will hold. Nothing is changed by it. Returns bytes at the peak, by phase."""
+    learner = run.learner
+    with ExitStack() as stack:
+        batch = first(run, worst_batch(run))
+        held_out = held_out_batch(run)
+        learner.engine.seed(run.config.seed, 0)
+        missing = _missing_state(learner)
+        peaks = stack.enter_context(_measured(run))
+        room = torch.zeros(missing, dtype=torch.uint8, device=learner.engine.device)
+        for ready in run.objective.prepare(batch, run.helpers):
+            learner.rehearse(run.objective, ready)
+        if held_out is not None:
+            learner.sums(run.objective, [held_out], run.helpers)
+        del room
+    return {name: size for name, size in peaks.items() if name}
+
+
+def _missing_state(learner: Any) -> int:
+    """Bytes of optimizer state that the first update will make."""
+    shapes = {name: (p.numel(), p.element_size()) for name, p in learner.method.active().items()}
+    from tunesmith.plan.trace import states
+
+    there = sum(x.numel() * x.element_size() for x in states(learner))
+    return int(max(0, learner.method.memory(shapes).optimizer_bytes - there))
+
+
+@contextmanager
+def _measured(run: Any) -> Iterator[dict[str, int]]:
+    """Peaks by phase, filled in at the end: of all tensors on the CPU, of the allocator on CUDA."""
+    peaks: dict[str, int] = {}
+    device = run.learner.engine.device
+    if device.type != "cuda":
+        ledger = Ledger()
+        with recorded(run, ledger):
+            yield peaks
+        peaks |= {name: peak.bytes for name, peak in ledger.peaks.items()}
+        return
+
+    @contextmanager
+    def watch(name: str) -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats(device)
+        yield
+        peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
+
+    with watching(watch):
+        yield peaks
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(error: BaseException, run: Any) -> UserError:
+    """What to tell of it: what was held, and what would help."""
+    config: RunConfig = run.config
+    lines = [f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"]
+    forecast: Forecast | None = run.forecast
+    if forecast is not None:
+        parts = ", ".join(f"{name} {short_bytes(size)}" for name, size in _largest(forecast.parts))
+        lines.append(f"foreseen were {short_bytes(forecast.needed)}: {parts}")
+    if isinstance(run.data, Dataset):
+        lines.append(HINT.format(tokens=config.train.micro_batch_tokens))
+    return UserError("\n".join(lines))
+
+
+HINT = (
+    "smaller, with the same result: train.micro_batch_tokens (now {tokens}), engine.activation_checkpointing: true; or "
+    "`tunesmith plan run.yaml --fit` for all that would fit"
+)
