@@ -243,6 +243,8 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
         with engine.group.one_first():
             data = open_data(config, watch)
         forecast = foreseen(data, engine)
+        if config.train.memory is not None:
+            engine.economize()
         return replace(assemble(data, engine, watch), forecast=forecast)
 
 
