@@ -39,7 +39,7 @@ from tunesmith.engines.context_check import check_architecture, check_cut
 from tunesmith.engines.group import Group
 from tunesmith.engines.parts import load_parts, save_parts
 from tunesmith.engines.place import place
-from tunesmith.engines.single import SingleEngine
+from tunesmith.engines.single import SingleEngine, keep_freed_memory
 from tunesmith.engines.tensor_parallel import check_replicated, check_tensor_parallel, tensor_parallel
 from tunesmith.errors import UserError
 from tunesmith.models.head import Head
@@ -55,6 +55,10 @@ from tunesmith.types import Batch, Scores
 
 PRECISIONS = ("mixed", "bf16", "fp32")
 """What one rank cannot do fast, none does."""
+
+KEPT_BYTES = 2**25
+"""On the CPU, larger blocks go back to the kernel when they are free: gathered weights of many sizes would leave gaps between
+them that nothing fits into."""
 
 Found = TypeVar("Found")
 
@@ -202,6 +206,8 @@ class FsdpEngine(SingleEngine):
     def _shard(self, model: Any) -> None:
         """Every block by itself; the rest (embeddings, last norm, head) together, which is gathered all the while."""
         config = self.config
+        if self.device.type == "cpu":
+            keep_freed_memory(KEPT_BYTES)
         mesh = self.mesh["shard"] if self.mesh["replicate"].size() == 1 else self.mesh["replicate", "shard"]
         mixed = (
             MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.precision == "mixed" else MixedPrecisionPolicy()
