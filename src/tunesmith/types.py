@@ -326,6 +326,8 @@ class Wanted:
     """A loss of its own for each token; its gradient then replaces that of the log-probabilities."""
     observed: Mapping[str, TokenTerm] = field(default_factory=dict)
     """Further numbers about each target, without gradient; made of log-probabilities in place of logits."""
+    additive: frozenset[str] = frozenset()
+    """Those of `observed` that are sums over the vocabulary, so that ranks who share it out can each make a part."""
     among: str | None = None
     """The token column with the few tokens [n, K] whose logits alone `token_loss` and `observed` read; -1 for none. Without
     gradient nothing else is then multiplied with the output layer, and log-probabilities are those among these tokens."""
@@ -340,6 +342,11 @@ class Wanted:
     is_likelihood: bool = False
     """Whether the loss weighs the log-probabilities (or token losses) by a multiple of the batch's weights. If so, the
     gradient of a trained head is taken in the forward pass, and its product with the vocabulary done once less."""
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a target's logits are asked for all at once."""
+        return self.token_loss is not None or bool(self.observed.keys() - self.additive)
 
 
 @dataclass(frozen=True)
