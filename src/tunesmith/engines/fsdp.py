@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
@@ -244,9 +245,10 @@ class FsdpEngine(SingleEngine):
         return slice(*borders[self.rank : self.rank + 2]) if self.rank + 1 < len(borders) else slice(0, 0)
 
     def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
-        pieces = [part.split(tokens) for part in batch.parts(self.world)]
-        own = pieces[self.rank] if self.rank < len(pieces) else []
-        return own + [batch.nothing()] * (max(map(len, pieces)) - len(own))
+        of_ranks = batch.split_borders(tokens, self.world)
+        own = of_ranks[self.rank] if self.rank < len(of_ranks) else [0]
+        pieces = [batch.rows(start, stop) for start, stop in pairwise(own)]
+        return pieces + [batch.nothing()] * (max(map(len, of_ranks)) - len(own))
 
     def sum(self, x: Tensor) -> Tensor:
         if self.world == 1:
