@@ -1,10 +1,12 @@
-"""Peak memory of loading and saving in each of 1, 2 and 4 processes, as a share of the model's bytes.
+"""Peak memory of loading, training and saving in each of 1, 2 and 4 processes, as a share of the model's bytes.
 
-    python benchmarks/engines/load_memory.py [--layers 3] [--ranks 1 2 4] [--folder /tmp]
+    python benchmarks/engines/load_memory.py [--layers 3] [--ranks 1 2 4] [--methods lora full] [--folder /tmp]
 
 The model has the widths of a 7B Llama in bf16 (13.5 GB with --layers 32; 1.7 GB with 3) and random weights, written a
 tensor at a time. A peak is a process's resident memory at its highest, mapped pages of files and all, less what it held
-with everything imported and the ranks connected. Everything written is deleted.
+with everything imported and the ranks connected. Training is engine fsdp's, of LoRA (rank 16) and of all weights, with
+AdamW in bf16: two steps of the same 4 rows of 64 tokens, one row a micro-batch, whatever the number of ranks. Everything
+written is deleted.
 """
 
 from __future__ import annotations
@@ -25,14 +27,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from common import print_machine
 
-from tunesmith.config import ModelConfig
+from tunesmith.config import AdamWConfig, FsdpConfig, FullConfig, LoraConfig, ModelConfig, PretrainConfig, SingleConfig
+from tunesmith.engines import build_engine
+from tunesmith.learner import Learner
+from tunesmith.methods import METHODS
 from tunesmith.models.conversion import empty_like
 from tunesmith.models.load import blocks, load_model
 from tunesmith.models.save import save_sharded
 from tunesmith.models.sharded import empty_model
 from tunesmith.models.tensor_files import TensorWriter
+from tunesmith.objectives import build_objective
+from tunesmith.types import Batch
 
 TARGET = 0.6
+ROWS, TOKENS, STEPS = 4, 64, 2
+METHOD_SECTIONS = {"lora": LoraConfig(rank=16, alpha=32.0), "full": FullConfig()}
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
@@ -96,8 +105,38 @@ def one_rank(folder: Path) -> None:
     print(json.dumps(found))
 
 
-def measure(folder: Path, ranks: int) -> list[dict[str, Any]]:
-    """ranks: 0 means the whole model in one process."""
+def rows(vocabulary: int) -> Batch:
+    """Of one sequence each, all tokens but the first of it targets."""
+    weights = torch.ones(ROWS, TOKENS)
+    weights[:, 0] = 0
+    number = torch.arange(ROWS)
+    return Batch(
+        torch.randint(0, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)),
+        torch.arange(TOKENS).expand(ROWS, -1), number[:, None].expand(-1, TOKENS), weights, number, number,
+    )  # fmt: skip
+
+
+def train(folder: Path, name: str) -> None:
+    """Loads and trains as a run does, in one process on engine single; prints bytes and seconds."""
+    import transformers.models.llama  # noqa: F401
+    from peft import LoraModel  # noqa: F401
+
+    settings = FsdpConfig(device="cpu") if "RANK" in os.environ else SingleConfig(device="cpu")
+    engine, objective = build_engine(settings, "bf16"), build_objective(PretrainConfig())
+    before = peak_from_now()
+    model, _ = engine.load(ModelConfig(path=str(folder)), torch.bfloat16)
+    method = METHODS[name](METHOD_SECTIONS[name], AdamWConfig(lr=1e-5), max_grad_norm=1.0)
+    learner = Learner(model, engine, method, TOKENS)
+    batch = rows(model.config.vocab_size)
+    peak_from_now()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        learner.step(objective, batch, 1e-5)
+    print(json.dumps({name: status("VmHWM") - before, f"{name}_s": time.perf_counter() - start}))
+
+
+def measure(folder: Path, ranks: int, *more: str) -> dict[str, Any]:
+    """What the worst rank found. ranks: 0 means the whole model in one process. more: arguments of a rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,36 +144,43 @@ def measure(folder: Path, ranks: int) -> list[dict[str, Any]]:
     for rank in range(max(ranks, 1)):
         told = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks else {}
         environment = os.environ | {name: str(value) for name, value in told.items()} | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--one", str(folder)]
+        command = [sys.executable, __file__, "--one", str(folder), *more]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     said = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         sys.exit("a rank failed")
     for file in (folder / "saved").glob("*"):
         file.unlink()
-    return [json.loads(text.splitlines()[-1]) for text in said]
+    found = [json.loads(text.splitlines()[-1]) for text in said]
+    return {name: max(each[name] for each in found) for name in found[0]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--methods", nargs="*", choices=METHOD_SECTIONS, default=list(METHOD_SECTIONS))
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--train", choices=METHOD_SECTIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        return one_rank(options.one)
+        return train(options.one, options.train) if options.train else one_rank(options.one)
     print_machine()
+    columns = ["load", "save", *options.methods]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         total = make_checkpoint(Path(folder), options.layers)
-        print(f"model: {total / 1e9:.2f} GB\n{'ranks':>12} {'load':>8} {'save':>8} {'load s':>8} {'save s':>8}")
+        print(f"model: {total / 1e9:.2f} GB")
+        print(f"{'ranks':>12}" + "".join(f" {name:>8} {'s':>6}" for name in columns))
         for ranks in [0, *options.ranks]:
-            found = measure(Path(folder), ranks)
-            worst = {name: max(each[name] for each in found) for name in found[0]}
-            save = f"{worst['save'] / total:8.3f}" if "save" in worst else f"{'–':>8}"
-            save_s = f"{worst['save_s']:8.1f}" if "save_s" in worst else f"{'–':>8}"
-            name = f"{ranks}" if ranks else "load_model"
-            print(f"{name:>12} {worst['load'] / total:8.3f} {save} {worst['load_s']:8.1f} {save_s}", flush=True)
+            worst = measure(Path(folder), ranks)
+            for name in options.methods:
+                worst |= measure(Path(folder), ranks, "--train", name)
+            cells = (
+                f" {worst[name] / total:8.3f} {worst[f'{name}_s']:6.1f}" if name in worst else f" {'–':>8} {'–':>6}"
+                for name in columns
+            )
+            print(f"{ranks or 'one, whole':>12}" + "".join(cells), flush=True)
             if ranks == 2 and worst["load"] >= TARGET * total:
                 print(f"over the target of {TARGET}")
     return None

@@ -77,7 +77,8 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     with reading(console) as watch:
         run = build(config, watch)
     group = run.learner.engine.group
-    with group.joined(_what_ranks_share(run) | {"resume": resume}):
+    shared = _what_ranks_share(run) | {"resume": resume} if group.world > 1 else {}
+    with group.joined(shared):
         group.check_shared(folder.path)
         return _lead(run, folder, resume, console, asked) if writes else _follow(run, folder, resume, console)
 

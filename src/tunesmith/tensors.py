@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 Runs = Sequence[Sequence[tuple[int, int]]]
@@ -38,6 +38,18 @@ def mesh_of(x: Tensor) -> Any:
 def whole(x: Tensor) -> Tensor:
     """The tensor in one piece; all ranks that hold a part of it must ask for it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def summed(x: Tensor, mesh: Any) -> Tensor:
+    """The sum over ranks, whose gradient each of them has whole."""
+    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+
+
+def sum_gradient(x: Any, mesh: Any) -> Any:
+    """The same, with the gradient summed over ranks."""
+    if not isinstance(x, Tensor) or not x.requires_grad:
+        return x
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 def own_part(tensor: Tensor) -> tuple[Tensor, Runs]:

@@ -235,11 +235,13 @@ class Batch:
     def row_ends(self) -> list[int]:
         """For each row the column after its last token."""
         width = self.sequence_BT.shape[1]
-        return [width - int(row.flip(0).long().argmax()) for row in self.sequence_BT >= 0]
+        ends: list[int] = (width - (self.sequence_BT >= 0).flip(1).long().argmax(1)).tolist()
+        return ends
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows start … stop-1, cut to the longest of them. Sequence ids stay those of the whole batch."""
-        used = slice(start, stop), slice(0, max(self.row_ends()[start:stop]))
+        longest = max(replace(self, sequence_BT=self.sequence_BT[start:stop]).row_ends())
+        used = slice(start, stop), slice(0, longest)
         here = set(self.sequence_BT[used].unique().tolist()) if self.media_N else set()
         return replace(
             self,
@@ -256,13 +258,20 @@ class Batch:
 
         A row, or rows that share a group, that alone exceed the budget form one micro-batch.
         """
+        (borders,) = self.split_borders(micro_batch_tokens)
+        return [self.rows(start, stop) for start, stop in pairwise(borders)]
+
+    def split_borders(self, micro_batch_tokens: int, number: int = 1) -> list[list[int]]:
+        """For each of `parts` the rows at which `split` cuts it, its first and the one behind its last among them."""
         ends, cuts = self.row_ends(), self._borders()
-        pieces, start = [], 0
-        for cut, following in pairwise(cuts):
-            if (following - start) * max(ends[start:following]) > micro_batch_tokens:
-                pieces.append(self.rows(start, cut))
-                start = cut
-        return [*pieces, self.rows(start, len(ends))]
+        found = []
+        for first, last in pairwise(_part_borders(ends, cuts, number)):
+            borders = [first]
+            for cut, following in pairwise(cut for cut in cuts if first < cut <= last):
+                if (following - borders[-1]) * max(ends[borders[-1] : following]) > micro_batch_tokens:
+                    borders.append(cut)
+            found.append([*borders, last])
+        return found
 
     def parts(self, number: int) -> list[Batch]:
         """Cut into at most so many parts of about as many tokens, at row borders that part no group; fewer where there are not
@@ -271,11 +280,7 @@ class Batch:
 
     def part_borders(self, number: int) -> list[int]:
         """The rows at which `parts` cuts; 0 and the number of rows are the first and the last of them."""
-        tokens = [0, *accumulate(self.row_ends())]
-        cuts = self._borders()
-        goals = [tokens[-1] * n / number for n in range(1, number)]
-        chosen = {min((abs(tokens[cut] - goal), cut) for cut in cuts)[1] for goal in goals} | {cuts[-1]}
-        return [0, *sorted(chosen)]
+        return _part_borders(self.row_ends(), self._borders(), number)
 
     def nothing(self) -> Batch:
         """A micro-batch without any of the sequences, a row of padding: for a rank that must run the model beside others."""
@@ -294,14 +299,20 @@ class Batch:
         )
 
     def _borders(self) -> list[int]:
-        """Rows at which the batch may be cut, its end included."""
-        rows = len(self.tokens_BT)
-        return [row for row in range(1, rows) if not self._one_group_across(row)] + [rows]
+        """Rows at which the batch may be cut, its end included: not where the last sequence of one and some of the next are of
+        one group."""
+        last_B = self.group_N[self.sequence_BT.amax(1)]
+        group_BT = self.group_N[self.sequence_BT.clamp(min=0)].where(self.sequence_BT >= 0, -1)
+        goes_on = (last_B[:-1, None] == group_BT[1:]).any(1)
+        return [*((~goes_on).nonzero()[:, 0] + 1).tolist(), len(last_B)]
 
-    def _one_group_across(self, row: int) -> bool:
-        """Whether rows row-1 and row hold sequences of one group."""
-        above, below = (self.sequence_BT[r][self.sequence_BT[r] >= 0] for r in (row - 1, row))
-        return bool((self.group_N[above.max()] == self.group_N[below]).any())
+
+def _part_borders(ends: list[int], cuts: list[int], number: int) -> list[int]:
+    """See `Batch.part_borders`; ends: of rows, cuts: rows at which the batch may be cut."""
+    tokens = [0, *accumulate(ends)]
+    goals = [tokens[-1] * n / number for n in range(1, number)]
+    chosen = {min((abs(tokens[cut] - goal), cut) for cut in cuts)[1] for goal in goals} | {cuts[-1]}
+    return [0, *sorted(chosen)]
 
 
 TokenTerm = Callable[["Tensor", "Tensor", Mapping[str, "Tensor"]], "Tensor"]
@@ -326,6 +337,8 @@ class Wanted:
     """A loss of its own for each token; its gradient then replaces that of the log-probabilities."""
     observed: Mapping[str, TokenTerm] = field(default_factory=dict)
     """Further numbers about each target, without gradient; made of log-probabilities in place of logits."""
+    additive: frozenset[str] = frozenset()
+    """Those of `observed` that are sums over the vocabulary, so that ranks who share it out can each make a part."""
     among: str | None = None
     """The token column with the few tokens [n, K] whose logits alone `token_loss` and `observed` read; -1 for none. Without
     gradient nothing else is then multiplied with the output layer, and log-probabilities are those among these tokens."""
@@ -340,6 +353,11 @@ class Wanted:
     is_likelihood: bool = False
     """Whether the loss weighs the log-probabilities (or token losses) by a multiple of the batch's weights. If so, the
     gradient of a trained head is taken in the forward pass, and its product with the vocabulary done once less."""
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a target's logits are asked for all at once."""
+        return self.token_loss is not None or bool(self.observed.keys() - self.additive)
 
 
 @dataclass(frozen=True)

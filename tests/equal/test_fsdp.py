@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,21 @@ def test_any_number_of_ranks_reads_each_sample_of_an_epoch_once(
             assert sorted(torch.cat(own).tolist()) == list(range(6))
             seen += batch.sample_N.tolist()
         assert sorted(seen) == list(range(len(run.samples))), world
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("tokens", [1, 48, 10**6])
+def test_micro_batches_of_ranks_are_those_of_their_parts(pack: bool, tokens: int) -> None:
+    batch = ragged_batch(pack)
+    batch = replace(batch, group_N=batch.group_N // 2)  # pairs
+    for world in (1, 2, 3, 7):
+        pieces = [part.split(tokens) for part in batch.parts(world)]
+        borders = batch.split_borders(tokens, world)
+        assert [len(own) - 1 for own in borders] == [len(own) for own in pieces]
+        assert [own[0] for own in borders[1:]] == [own[-1] for own in borders[:-1]]
+        for own, part in zip(borders, pieces, strict=True):
+            for start, stop, piece in zip(own[:-1], own[1:], part, strict=True):
+                assert torch.equal(batch.rows(start, stop).tokens_BT, piece.tokens_BT)
 
 
 def test_padding_for_ranks_that_have_nothing_counts_for_nothing() -> None:

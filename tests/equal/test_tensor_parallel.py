@@ -23,6 +23,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.load import blocks
 from tunesmith.models.probe import find_head
 from tunesmith.models.score import score
+from tunesmith.objectives.terms import choice_accuracy, choice_loss, entropy, smoothed
 from tunesmith.types import Wanted
 
 MORE: dict[str, dict[str, Any]] = {
@@ -51,6 +52,17 @@ TARGETS: dict[str, Any] = {
     "deepseek_v2": ["q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
 }
 
+WANTED = {
+    "likelihood": Wanted(is_likelihood=True),
+    "entropy": Wanted(observed={"entropy": entropy}, additive=frozenset({"entropy"})),
+    "gathered": Wanted(observed={"entropy": entropy}),
+    "smoothed": Wanted(token_loss=smoothed(0.1, 0.01), observed={"entropy": entropy}, is_likelihood=True),
+    "choices": Wanted(
+        token_loss=choice_loss, observed={"accuracy": choice_accuracy}, among="choices", is_likelihood=True
+    ),
+}
+"""What objectives ask of the logits."""
+
 PAIRS: dict[str, dict[str, Any]] = {
     **{family: {"family": family} for family in [*PLANNED, *MORE]},
     **{f"lora of {family}": {"family": family, "targets": targets} for family, targets in TARGETS.items()},
@@ -58,10 +70,20 @@ PAIRS: dict[str, dict[str, Any]] = {
     "saved whole": {"family": "qwen3", "targets": ["v_proj"], "whole": ["q_norm", "lm_head"]},
     "checkpointing": {"family": "mixtral", "checkpointing": True},
     "value head": {"family": "llama", "head": "sequence"},
+    **{name: {"family": "llama", "wanted": name} for name in WANTED},
+    **{f"{name}, frozen": {"family": "llama", "wanted": name, "targets": ["q_proj"]} for name in WANTED},
+    "tied": {"family": "llama", "settings": {"tie_word_embeddings": True}, "wanted": "likelihood"},
+    "scaled": {"family": "granite", "settings": {"tie_word_embeddings": False}, "wanted": "likelihood"},
+    "capped, odd": {"family": "gemma2", "settings": {"tie_word_embeddings": False, "vocab_size": 386}},
+    "uneven": {"family": "llama", "settings": {"vocab_size": 383}},
+    "biased": {"family": "phi", "wanted": "likelihood"},
 }
 """What two tensor ranks compute."""
 
-QUADS = {name: PAIRS[name] for name in ("llama", "qwen3", "qwen3_moe", "phi3", "lora of llama")}
+QUADS = {
+    name: PAIRS[name]
+    for name in ("llama", "qwen3", "qwen3_moe", "phi3", "lora of llama", "smoothed", "tied", "capped, odd")
+}
 """What two times two ranks compute: each pair has a part of the batch, and weights are cut by both."""
 
 
@@ -81,7 +103,8 @@ class InFp64(TorchFunctionMode):
 def make(case: dict[str, Any]) -> tuple[Any, Any]:
     """(model in fp64, its head). Weights of norms are no ones, LoRA's B is not 0."""
     family = case["family"]
-    model = make_model(family, torch.float64) if family in FAMILIES and "head" not in case else make_other(case)
+    is_plain = family in FAMILIES and not {"head", "settings"} & case.keys()
+    model = make_model(family, torch.float64) if is_plain else make_other(case)
     torch.manual_seed(1)
     if "targets" in case:
         import peft
@@ -107,17 +130,35 @@ def make_other(case: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[case["family"]](**{**SMALL, **MORE.get(case["family"], {})})
+    family = case["family"]
+    settings = {**SMALL, **FAMILIES.get(family, {}), **MORE.get(family, {}), **case.get("settings", {})}
+    config = CONFIG_MAPPING[family](**settings)
     config._experts_implementation = "eager"
     kind = AutoModelForSequenceClassification if "head" in case else AutoModelForCausalLM
     return kind.from_config(config).double().eval()
 
 
-def loss_of(model: Any, head: Any, batch: Any) -> Tensor:
+def loss_of(model: Any, head: Any, batch: Any, case: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """(the loss, what else is said of the targets)."""
     if head is None:
         values_BTC = score(model, None, batch, Wanted(values=True)).values_BTC  # type: ignore[arg-type]
-        return (values_BTC * batch.weights_BT[..., None]).square().sum()
-    return -(score(model, head, batch).logprobs_BT * batch.weights_BT).sum()
+        return (values_BTC * batch.weights_BT[..., None]).square().sum(), []
+    wanted = WANTED.get(case.get("wanted", ""), Wanted())
+    if wanted.among:
+        batch = batch.with_columns(tokens={wanted.among: choices(batch.tokens_BT)})
+    scores = score(model, head, batch, wanted)
+    loss_BT = -scores.logprobs_BT if scores.token_loss_BT is None else scores.token_loss_BT
+    with torch.no_grad():
+        again = score(model.eval(), head, batch, wanted) if wanted.among else scores
+    seen = [scores.logprobs_BT.detach(), *scores.observed.values(), again.logprobs_BT.detach()]
+    return (loss_BT * batch.weights_BT).sum(), seen
+
+
+def choices(tokens_BT: Tensor) -> Tensor:
+    """Each token, one of the other half of the vocabulary, and in the first row no third one."""
+    found = torch.stack([tokens_BT, (tokens_BT + SMALL["vocab_size"] // 2) % SMALL["vocab_size"], tokens_BT // 2], -1)
+    found[0, :, 2] = -1
+    return found
 
 
 def grads_of(model: Any) -> dict[str, Tensor]:
@@ -130,10 +171,10 @@ def expected(name: str) -> dict[str, Any]:
     model, head = make(PAIRS[name])
     torch.manual_seed(5)
     with InFp64():
-        loss = loss_of(model, head, ragged_batch(pack=False))
+        loss, seen = loss_of(model, head, ragged_batch(pack=False), PAIRS[name])
         torch.autograd.backward(loss)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    return {"loss": loss.detach(), "grads": grads_of(model), "weights": weights}
+    return {"loss": loss.detach(), "grads": grads_of(model), "weights": weights, "seen": seen}
 
 
 # --- what a rank does
@@ -148,14 +189,15 @@ def on_two_ranks(case: dict[str, Any], forget: bool = False) -> dict[str, Any]:
     weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
     held = sum(part_of(p).untyped_storage().nbytes() for p in model.parameters())
     torch.manual_seed(5)
-    loss = loss_of(model, head, ragged_batch(pack=False))
+    loss, seen = loss_of(model, head, ragged_batch(pack=False), case)
     torch.autograd.backward(loss)
     grads = grads_of(model)
     if not forget:
         sum_partial(grads, partial, mesh)
     check_replicated(grads, mesh)
     whole_grads = {name: whole(grad) for name, grad in grads.items()}
-    return {"loss": loss.detach(), "grads": whole_grads, "weights": weights, "partial": partial, "held": held}
+    found = {"loss": loss.detach(), "grads": whole_grads, "weights": weights, "seen": seen}
+    return found | {"partial": partial, "held": held}
 
 
 def count_sums(case: dict[str, Any]) -> dict[str, Any]:
@@ -165,10 +207,10 @@ def count_sums(case: dict[str, Any]) -> dict[str, Any]:
     model, head = make(case)
     tensor_parallel(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",)))
     with CommDebugMode() as forward:
-        loss = loss_of(model, head, ragged_batch(pack=False))
+        loss, _ = loss_of(model, head, ragged_batch(pack=False), case)
     with CommDebugMode() as backward:
         torch.autograd.backward(loss)
-    return {"sums": (forward.get_total_counts(), backward.get_total_counts())}
+    return {"counts": [{str(kind): n for kind, n in x.get_comm_counts().items() if n} for x in (forward, backward)]}
 
 
 def on_four_ranks(case: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +230,7 @@ def on_four_ranks(case: dict[str, Any]) -> dict[str, Any]:
     part = ragged_batch(pack=False).parts(2)[mesh["shard"].get_local_rank()]
     model.inside = lambda work: work()
     register_fsdp_forward_method(model, "inside")
-    loss = model.inside(lambda: loss_of(model, head, part))
+    loss = model.inside(lambda: loss_of(model, head, part, case)[0])
     torch.autograd.backward(loss)
     grads = grads_of(model)
     sum_partial(grads, partial, mesh["tensor"])
@@ -242,7 +284,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
         2: {name: (on_two_ranks, (case,)) for name, case in PAIRS.items()},
         4: {name: (on_four_ranks, (case,)) for name, case in QUADS.items()},
     }
-    cases[2]["counted"] = (count_sums, (PAIRS["llama"],))
+    cases[2] |= {f"counted {name}": (count_sums, (PAIRS[name],)) for name in ("likelihood", "smoothed")}
     cases[2]["forgotten"] = (on_two_ranks, (PAIRS["qwen3"], True))
 
     @cache
@@ -262,6 +304,8 @@ def assert_equal(found: dict[str, Any], name: str) -> None:
     assert found["weights"].keys() == alone["weights"].keys()
     assert all(torch.equal(found["weights"][each], weight) for each, weight in alone["weights"].items())
     torch.testing.assert_close(found["loss"], alone["loss"], rtol=1e-12, atol=0)
+    if "seen" in found:
+        torch.testing.assert_close(found["seen"], alone["seen"], rtol=1e-12, atol=1e-12)
     assert found["grads"].keys() == alone["grads"].keys()
     largest = max(float(grad.abs().max()) for grad in alone["grads"].values())
     for each, grad in alone["grads"].items():
@@ -284,15 +328,21 @@ def test_tensor_ranks_of_shards_find_what_one_process_does(ranks: Any, name: str
 
 def test_a_rank_holds_half_of_what_is_cut(ranks: Any) -> None:
     weights = expected("llama")["weights"]
-    cut = sum(p.nbytes for name, p in weights.items() if name.endswith("proj.weight"))
+    cut = sum(p.nbytes for name, p in weights.items() if name.endswith(("proj.weight", "lm_head.weight")))
     for found in ranks(2):
         assert found["llama"]["held"] == sum(p.nbytes for p in weights.values()) - cut // 2
 
 
 def test_a_layer_sums_over_ranks_twice_in_each_direction(ranks: Any) -> None:
-    """Attention and MLP each once: layers that read one input sum its gradient together."""
+    """Attention and MLP each once: layers that read one input sum its gradient together. The loss has sums of its own: the
+    largest logits; exponentials and targets' logits in one; the gradient of hidden states. Logits are gathered only for a loss
+    that reads them all."""
+    sums, largest, gathered = (
+        f"c10d{name}" for name in ("_functional.all_reduce", ".allreduce_", "_functional.all_gather_into_tensor")
+    )
     for found in ranks(2):
-        assert found["counted"]["sums"] == (4, 4)
+        assert found["counted likelihood"]["counts"] == [{sums: 4 + 1, largest: 1}, {sums: 4 + 1}]
+        assert found["counted smoothed"]["counts"] == [{sums: 4, gathered: 1}, {sums: 4 + 1}]
 
 
 def test_partial_gradients_are_named(ranks: Any) -> None:

@@ -71,6 +71,7 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
         "counts": traffic.counts,
         "pieces": len(pieces),
         "tokens": sum(piece.tokens_BT.numel() for piece in pieces),
+        "targets": sum(int((piece.weights_BT != 0).sum()) for piece in pieces),
         "blocks": sum(inside),
         "all": sum(local_part(p).numel() for p in learner.model.parameters()),
         "active": sum(local_part(p).numel() for p in method.active().values()),
@@ -105,8 +106,10 @@ def of_sharding(
 
 
 def of_tensors(found: dict[str, Any], sums: int = 4) -> dict[tuple[str, str], float]:
-    """Two sums of [tokens, hidden] a block in the forward pass, and two in the backward pass."""
-    return {("all-reduce", "tensor"): BLOCKS * sums * found["tokens"] * WIDE["hidden_size"] * SIZE}
+    """Two sums of [tokens, hidden] a block in the forward pass, and two in the backward pass. For the loss the gradient of
+    targets' hidden states, and three numbers of each."""
+    numbers = BLOCKS * sums * found["tokens"] * WIDE["hidden_size"] + found["targets"] * (WIDE["hidden_size"] + 3)
+    return {("all-reduce", "tensor"): numbers * SIZE}
 
 
 def test_two_ranks_send_what_they_must(tmp_path: Path) -> None:

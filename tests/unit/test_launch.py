@@ -221,6 +221,7 @@ def test_a_folder_that_this_job_has_begun_is_no_other_run(tmp_path: Path, single
             folder.check_free(job)
 
 
+@pytest.mark.usefixtures("plain_signals")
 def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGINT)
     now = 100.0

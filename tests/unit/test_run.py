@@ -25,6 +25,7 @@ from tunesmith.run_folder import read_events
 MakeConfig = Callable[..., RunConfig]
 
 
+@pytest.mark.usefixtures("plain_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     make_config: MakeConfig,

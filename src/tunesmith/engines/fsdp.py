@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
@@ -39,7 +40,7 @@ from tunesmith.engines.context_check import check_architecture, check_cut
 from tunesmith.engines.group import Group
 from tunesmith.engines.parts import load_parts, save_parts
 from tunesmith.engines.place import place
-from tunesmith.engines.single import SingleEngine
+from tunesmith.engines.single import SingleEngine, keep_freed_memory
 from tunesmith.engines.tensor_parallel import check_replicated, check_tensor_parallel, tensor_parallel
 from tunesmith.errors import UserError
 from tunesmith.models.head import Head
@@ -55,6 +56,10 @@ from tunesmith.types import Batch, Scores
 
 PRECISIONS = ("mixed", "bf16", "fp32")
 """What one rank cannot do fast, none does."""
+
+KEPT_BYTES = 2**25
+"""On the CPU, larger blocks go back to the kernel when they are free: gathered weights of many sizes would leave gaps between
+them that nothing fits into."""
 
 Found = TypeVar("Found")
 
@@ -202,6 +207,8 @@ class FsdpEngine(SingleEngine):
     def _shard(self, model: Any) -> None:
         """Every block by itself; the rest (embeddings, last norm, head) together, which is gathered all the while."""
         config = self.config
+        if self.device.type == "cpu":
+            keep_freed_memory(KEPT_BYTES)
         mesh = self.mesh["shard"] if self.mesh["replicate"].size() == 1 else self.mesh["replicate", "shard"]
         mixed = (
             MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.precision == "mixed" else MixedPrecisionPolicy()
@@ -238,9 +245,10 @@ class FsdpEngine(SingleEngine):
         return slice(*borders[self.rank : self.rank + 2]) if self.rank + 1 < len(borders) else slice(0, 0)
 
     def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]:
-        pieces = [part.split(tokens) for part in batch.parts(self.world)]
-        own = pieces[self.rank] if self.rank < len(pieces) else []
-        return own + [batch.nothing()] * (max(map(len, pieces)) - len(own))
+        of_ranks = batch.split_borders(tokens, self.world)
+        own = of_ranks[self.rank] if self.rank < len(of_ranks) else [0]
+        pieces = [batch.rows(start, stop) for start, stop in pairwise(own)]
+        return pieces + [batch.nothing()] * (max(map(len, of_ranks)) - len(own))
 
     def sum(self, x: Tensor) -> Tensor:
         if self.world == 1:

@@ -200,12 +200,16 @@ def own_memory() -> int:
     return held.rss - getattr(held, "shared", 0)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks instead of giving them back to the kernel and faulting them in again.
+def keep_freed_memory(up_to_bytes: int | None = None) -> None:
+    """Let glibc keep large freed blocks (up to 32 MiB at most, or all) instead of giving them back to the kernel and faulting
+    them in again.
 
     Every step frees and takes the same activations and logits. Affects this process alone; no effect without glibc.
     """
-    _mallopt(mmap_max=0, trim_threshold=2**31 - 1)
+    if up_to_bytes is None:
+        _mallopt(mmap_max=0, trim_threshold=2**31 - 1)
+    else:
+        _mallopt(mmap_max=2**20, mmap_threshold=up_to_bytes, trim_threshold=2**31 - 1)
 
 
 def return_freed_memory() -> None:

@@ -1,8 +1,10 @@
 """Tensor parallelism: each rank holds a part of every large weight, and computes with it (Shoeybi et al. 2019).
 
 A block's first layers give each rank some of the heads or channels; its last ones sum over ranks. Between blocks every
-rank has the same, whole activations. Embeddings, norms and the output layer are whole on every rank, and their gradients
-there equal. Weights become DTensors over one dimension of the mesh; `fully_shard` may cut them further afterwards.
+rank has the same, whole activations. The output layer gives each rank the logits of a part of the vocabulary. Embeddings and
+norms are whole on every rank, and their gradients there equal; so is an output layer that shares its weight with the
+embeddings, or that an adapter has wrapped. Weights become DTensors over one dimension of the mesh; `fully_shard` may cut them
+further afterwards.
 Local tensors cross the borders of modules, so that transformers' code sees fewer heads and nothing else.
 """
 
@@ -14,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from tunesmith.engines.tensor_plan import Cut, base_of, check_tensor_parallel, dim_of, plan_of
 from tunesmith.errors import UserError
 from tunesmith.models.load import decoder_name, decoder_of
+from tunesmith.tensors import sum_gradient, summed
 
 PIECES = 64
 """Sums by which a gradient is compared."""
@@ -60,7 +63,20 @@ def tensor_parallel(model: Any, mesh: DeviceMesh) -> frozenset[str]:
                 readers.setdefault(owner, []).append(base_of(module))
     for owner, layers in readers.items():
         _share_input(decoder.get_submodule(owner), layers, mesh)
+    if parts_vocabulary(model, mesh.size()):
+        _cut_linear(model.get_output_embeddings(), Cut.COLUMNS_GATHERED, mesh)
     return frozenset(partial)
+
+
+def parts_vocabulary(model: Any, degree: int) -> bool:
+    """Whether so many ranks share out the rows of the output layer. Called as a module it gathers all logits, which
+    `score_targets` does not need."""
+    output: Any = model.get_output_embeddings()
+    return (
+        type(output) is nn.Linear
+        and output.weight is not model.get_input_embeddings().weight
+        and output.weight.shape[0] % degree == 0
+    )
 
 
 def check_replicated(grads: Mapping[str, Tensor], mesh: DeviceMesh) -> None:
@@ -146,14 +162,14 @@ def _compute_locally(module: nn.Module, mesh: DeviceMesh, is_summed: bool) -> No
         kept.update({name: p for name, p in module._parameters.items() if isinstance(p, DTensor)})
         module._parameters.update({name: p.to_local() for name, p in kept.items()})
         if is_summed:
-            args = tuple(_sum_gradient(x, mesh) for x in args)
-            kwargs = {name: _sum_gradient(x, mesh) for name, x in kwargs.items()}
+            args = tuple(sum_gradient(x, mesh) for x in args)
+            kwargs = {name: sum_gradient(x, mesh) for name, x in kwargs.items()}
         return args, kwargs
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         module._parameters.update(kept)
         kept.clear()
-        return _sum(output, mesh) if is_summed and output is not None else None
+        return summed(output, mesh) if is_summed and output is not None else None
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
     module.register_forward_hook(leave, always_call=True)
@@ -164,18 +180,6 @@ def _share_keys(module: nn.Module, width: int, mesh: DeviceMesh) -> None:
 
     def split(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         rest, shared = output.split([output.shape[-1] - width, width], dim=-1)
-        return torch.cat([rest, _sum_gradient(shared, mesh)], dim=-1)
+        return torch.cat([rest, sum_gradient(shared, mesh)], dim=-1)
 
     module.register_forward_hook(split)
-
-
-def _sum_gradient(x: Any, mesh: DeviceMesh) -> Any:
-    """The same, with the gradient summed over ranks."""
-    if not isinstance(x, Tensor) or not x.requires_grad:
-        return x
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
-def _sum(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum over ranks, whose gradient each of them has whole."""
-    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()

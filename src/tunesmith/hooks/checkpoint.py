@@ -34,12 +34,13 @@ class Checkpoint:
     ) -> None:
         self.folder, self.log, self.config, self.objective = folder, log, config, objective
         self.saved, self.since = saved, perf_counter()
+        self.lenient = config.on_failure == "continue"
         self.written: tuple[int, Future[None]] | None = None
 
     def __call__(self, step: int, metrics: Mapping[str, Tensor], learner: Learner) -> None:
         group = learner.engine.group
         if self.written is not None and not group.agree(int(not self.written[1].done())):
-            self.settle()
+            self.settle(self.lenient)
         every_steps, every_s = self.config.every_steps, 60 * self.config.every_minutes
         due = bool(every_steps) and step % every_steps == 0
         if not due and every_s:  # clocks differ
@@ -50,7 +51,7 @@ class Checkpoint:
     def save(self, step: int, learner: Learner, is_last: bool = False, lenient: bool = True) -> None:
         """Save now, unless this step is saved already. is_last: there is nothing to do beside it. lenient: whether a failure
         may be told only, if it is so configured."""
-        self.settle()
+        self.settle(self.lenient)
         if step == self.saved:
             return
         engine = learner.engine
@@ -63,7 +64,7 @@ class Checkpoint:
         self.written = step, _run(write, beside, daemon=engine.group.world > 1)
         self.since = perf_counter()
         if not beside:
-            self.settle(lenient and self.config.on_failure == "continue")
+            self.settle(lenient and self.lenient)
         elif self.log is not None:
             self.log.pause()
 
@@ -78,8 +79,8 @@ class Checkpoint:
         has_room = bytes_here(state) * ranks_here < psutil.virtual_memory().available
         return not learner.engine.group.agree(int(not has_room))
 
-    def settle(self, lenient: bool | None = None) -> None:
-        """Wait for what is being written. lenient: a failure is told, and does not stop the run; None: as configured."""
+    def settle(self, lenient: bool) -> None:
+        """Wait for what is being written. lenient: a failure is told, and does not stop the run."""
         if self.written is None:
             return
         (step, written), self.written = self.written, None
@@ -88,9 +89,7 @@ class Checkpoint:
             self.saved = step
             if self.log is not None:
                 self.log.events.write("checkpoint", step=step)
-        elif not isinstance(error, NotWritten) or not (
-            self.config.on_failure == "continue" if lenient is None else lenient
-        ):
+        elif not lenient or not isinstance(error, NotWritten):
             raise error
         elif self.log is not None:
             self.log.events.write("checkpoint_failed", step=step, why=error.what)

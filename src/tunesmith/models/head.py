@@ -1,6 +1,7 @@
 """From hidden states to numbers about tokens, without ever holding a [tokens, vocabulary] tensor.
 
-Hidden states that predict a target go through the head a chunk at a time.
+Hidden states that predict a target go through the head a chunk at a time. Where ranks share out the vocabulary, each has the
+logits of its own tokens, and log-probabilities are made of sums over ranks.
 Shapes: N targets, D hidden size, V vocabulary.
 """
 
@@ -11,11 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.models.slices import Slice, slice_of, tap_linear
+from tunesmith.tensors import local_part, mesh_of, sum_gradient, summed
 from tunesmith.types import Wanted
 
 CHUNK_ELEMENTS = 2**23
@@ -82,7 +86,14 @@ class Targets:
         return Targets(token_N, self.wanted, {**self.columns, self.wanted.among: local_NK})
 
     def of_logits(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """([N] that carries the gradient: the token loss if there is one, else the log-probability; [others, N] without)."""
+        """([N] that carries the gradient: the token loss if there is one, else the log-probability; [others, N] without).
+
+        Of logits whose columns ranks share out, every rank is told the same.
+        """
+        if isinstance(logits_NV, DTensor):
+            if not self.wanted.reads_logits:
+                return self._of_parts(logits_NV)
+            logits_NV = logits_NV.full_tensor()
         with torch.set_grad_enabled(self.wanted.token_loss is None and torch.is_grad_enabled()):
             logprobs_NV = logits_NV.log_softmax(-1)
             logprob_N = logprobs_NV.gather(-1, self.token_N[:, None])[:, 0]
@@ -94,22 +105,45 @@ class Targets:
             others += [term(logprobs_NV, self.token_N, self.columns) for term in self.wanted.observed.values()]
         return main_N, torch.stack(others) if others else logprob_N.new_zeros(0, len(logprob_N))
 
+    def _of_parts(self, logits_NV: DTensor) -> tuple[Tensor, Tensor]:
+        """The same where each rank has some columns, and all numbers are sums over them (Shoeybi et al. 2019, section 3)."""
+        mesh, own_NV = logits_NV.device_mesh, logits_NV.to_local()
+        highest_N = own_NV.detach().amax(-1)
+        dist.all_reduce(highest_N, dist.ReduceOp.MAX, group=mesh.get_group())
+        own_NV = own_NV - highest_N[:, None]
+        place_N, is_here_N = _places(self.token_N, mesh, own_NV.shape[1])
+        logit_N = own_NV.gather(-1, place_N[:, None])[:, 0].where(is_here_N, 0.0)
+        logit_N, total_N = summed(torch.stack([logit_N, own_NV.exp().sum(-1)]), mesh)
+        others = own_NV.new_zeros(0, len(logit_N))
+        if self.wanted.observed:
+            with torch.no_grad():
+                logprobs_NV = own_NV - total_N.log()[:, None]
+                terms = [term(logprobs_NV, self.token_N, self.columns) for term in self.wanted.observed.values()]
+                others = summed(torch.stack(terms), mesh)
+        return logit_N - total_N.log(), others
+
 
 def score_targets(hidden_ND: Tensor, head: Head, targets: Targets) -> tuple[Tensor, Tensor]:
     """What `Targets.of_logits` says, from hidden states and in chunks; at least fp32."""
     linear: Any = head.linear
     if targets.wanted.among and type(linear) is nn.Linear and not torch.is_grad_enabled():
         return targets.among().of_logits(_logits_among(hidden_ND, head, targets.columns[targets.wanted.among]))
-    vocabulary, width = linear.weight.shape
+    mesh = mesh_of(linear.weight)  # of the ranks that share the vocabulary out
+    vocabulary, width = local_part(linear.weight.detach()).shape
     trained = slice_of(linear.weight) or (Slice(linear.weight, 0, vocabulary) if linear.weight.requires_grad else None)
-    rows = rows_at_once(vocabulary, 0 if trained is None else (trained.stop - trained.start) * width)
+    at_once = linear.weight.shape[0] if targets.wanted.reads_logits else vocabulary
+    rows = rows_at_once(at_once, 0 if trained is None else (trained.stop - trained.start) * width)
     if type(linear) is nn.Linear:
         dtype = _compute_dtype(linear.weight)
-        weight, bias = linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
+        weight, bias = (None if x is None else local_part(x.to(dtype)) for x in (linear.weight, linear.bias))
+        if mesh is not None:
+            hidden_ND = sum_gradient(hidden_ND, mesh)
         part = slice_of(linear.weight)
         leaf = None if part is None else part.leaf.to(dtype)
         where = None if part is None else (part.start, part.stop)
-        return _ChunkedHead.apply(hidden_ND, weight, bias, leaf, targets, head, rows, where, torch.is_grad_enabled())
+        return _ChunkedHead.apply(
+            hidden_ND, weight, bias, leaf, targets, head, rows, (where, mesh), torch.is_grad_enabled()
+        )
 
     # an output layer that a method has wrapped (an adapter, a trained copy): the same chunks, through the module itself
     def of_chunk(hidden: Tensor, part: Targets) -> tuple[Tensor, Tensor]:
@@ -129,19 +163,41 @@ def _logits_among(hidden_ND: Tensor, head: Head, choice_NK: Tensor) -> Tensor:
     """Logits of each target's own tokens alone, [N, K]; -inf where there is none."""
     linear: Any = head.linear
     token_U, place_NK = choice_NK.clamp(min=0).unique(return_inverse=True)
-    bias_U = None if linear.bias is None else linear.bias[token_U]
-    logits_NU = nn.functional.linear(hidden_ND.to(linear.weight.dtype), linear.weight[token_U], bias_U)
+    weight_UD = _rows_of(linear.weight, token_U)
+    bias_U = None if linear.bias is None else _rows_of(linear.bias, token_U)
+    logits_NU = nn.functional.linear(hidden_ND.to(linear.weight.dtype), weight_UD, bias_U)
     return head.transform(logits_NU.gather(1, place_NK)).masked_fill(choice_NK < 0, -torch.inf)
+
+
+def _rows_of(x: Tensor, number_U: Tensor) -> Tensor:
+    """Rows of a tensor, also where ranks share them out."""
+    if not isinstance(x, DTensor):
+        return x[number_U]
+    own = x.to_local()
+    place_U, is_here_U = _places(number_U, x.device_mesh, len(own))
+    found = own[place_U]
+    found[~is_here_U] = 0
+    return summed(found, x.device_mesh)
+
+
+def _places(number_N: Tensor, mesh: Any, size: int) -> tuple[Tensor, Tensor]:
+    """(place among this rank's `size` numbers, or any; whether it is one of them)."""
+    place_N = number_N - mesh.get_local_rank() * size
+    return place_N.clamp(0, size - 1), (place_N >= 0) & (place_N < size)
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """The output layer's, in the dtype of its product; `leaf`: the rows where[0] … where[1]-1 that alone train, or None."""
+    """The output layer's, in the dtype of its product; `leaf`: the rows where[0] … where[1]-1 that alone train, or None.
+
+    mesh: ranks that share out the layer's rows, of which these are one's; or None.
+    """
 
     weight_VD: Tensor
     bias_V: Tensor | None
     leaf: Tensor | None
     where: tuple[int, int] | None
+    mesh: Any
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.weight_VD, self.bias_V, self.leaf
@@ -151,7 +207,8 @@ class _Weights:
         raw_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
         if self.leaf is not None and self.where is not None:
             raw_NV = tap_linear(raw_NV, hidden_ND, Slice(self.leaf, *self.where))  # type: ignore[arg-type]
-        return head.transform(raw_NV)
+        logits_NV = head.transform(raw_NV)
+        return logits_NV if self.mesh is None else DTensor.from_local(logits_NV, self.mesh, [Shard(1)], run_check=False)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -167,10 +224,10 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, leaf: Tensor | None, targets: Targets,
-        head: Head, rows: int, where: tuple[int, int] | None, with_grad: bool,
+        head: Head, rows: int, where: tuple[tuple[int, int] | None, Any], with_grad: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.targets, ctx.head, ctx.rows, ctx.where = targets, head, rows, where
-        weights = _Weights(weight_VD, bias_V, leaf, where)
+        weights = _Weights(weight_VD, bias_V, leaf, *where)
         ctx.wanted = [with_grad and x is not None and x.requires_grad for x in (hidden_ND, *weights.tensors())]
         ctx.trained = any(ctx.wanted[1:])
         number, dtype = len(targets.token_N), at_least_fp32(hidden_ND[:0]).dtype
@@ -205,7 +262,7 @@ class _ChunkedHead(torch.autograd.Function):
             (grad_ND,) = ctx.saved_tensors
             return (grad_ND * grad_N[:, None].to(grad_ND.dtype), *[None] * 8)
         hidden_ND, weight_VD, bias_V, leaf, guess_N, *grads = ctx.saved_tensors
-        weights = _Weights(weight_VD, bias_V, leaf, ctx.where)
+        weights = _Weights(weight_VD, bias_V, leaf, *ctx.where)
         grads = _scaled(grads, guess_N, grad_N) or _gradients(
             hidden_ND, weights, ctx.wanted, ctx.targets, grad_N, ctx.head, ctx.rows
         )
@@ -240,7 +297,7 @@ def _gradients(
         for x, own in zip(weights.tensors(), of_layer, strict=True)
     )
     assert weight is not None, "only bias and leaf may be missing"
-    local = _Weights(weight, bias, leaf, weights.where)
+    local = _Weights(weight, bias, leaf, weights.where, weights.mesh)
     trained = [x for x in local.tensors() if x is not None and x.requires_grad]
     grad_ND = torch.empty_like(hidden_ND) if of_hidden else None
     sums: list[Tensor] = []

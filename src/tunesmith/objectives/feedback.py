@@ -20,7 +20,7 @@ class FeedbackObjective(Objective):
 
     needs = frozenset({"reference"})
     reads = frozenset({"logits"})
-    wanted = Wanted(observed={"entropy": entropy})
+    wanted = Wanted(observed={"entropy": entropy}, additive=frozenset({"entropy"}))
     form: ClassVar[Form] = "feedback"
     unit = "nats per answer"
     shows: ClassVar[tuple[str, ...]] = ("rewards/accuracy",)

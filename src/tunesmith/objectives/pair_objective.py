@@ -39,7 +39,7 @@ class PairObjective(Objective):
     """A mean over pairs of loss(pair) + sft_weight · NLL(chosen) / |chosen|, in nats per pair."""
 
     reads = frozenset({"logits"})
-    wanted = Wanted(observed={"entropy": entropy})
+    wanted = Wanted(observed={"entropy": entropy}, additive=frozenset({"entropy"}))
     form: ClassVar[Form] = "pairs"
     unit = "nats per pair"
     shows: ClassVar[tuple[str, ...]] = ("rewards/accuracy",)

@@ -16,19 +16,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves
 
 from tunesmith.config import FsdpConfig, RunConfig
 from tunesmith.engines.fsdp import FsdpEngine, cut_over, mesh_shape
 from tunesmith.errors import UserError
 from tunesmith.methods import Extent, build_method
-from tunesmith.models.head import Head, rows_at_once
+from tunesmith.models.head import Head, at_least_fp32, rows_at_once
 from tunesmith.models.load import blocks, decoder_of, head_kind, shape_of_model, value_head
 from tunesmith.models.probe import find_head
 from tunesmith.models.sibling import sibling
 from tunesmith.objectives import build_objective
 from tunesmith.plan.traffic import Count, Traffic, group_names
-from tunesmith.tensors import bytes_here, laid_out, layout_of, local_part
+from tunesmith.tensors import bytes_here, laid_out, layout_of, local_part, mesh_of, sum_gradient
+from tunesmith.types import Wanted
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,9 @@ def _plan(config: RunConfig, world: int) -> Plan:
         method.bind(model, engine)
         method.ready(several=number > 1 or engine.world > 1)
         model.train()
-        activations, traffic = _step(engine, model, method, torch.zeros(rows, tokens, dtype=torch.long), number)
+        activations, traffic = _step(
+            engine, model, method, torch.zeros(rows, tokens, dtype=torch.long), number, objective.wanted
+        )
     memory = held(model, method) | {"activations": activations} | _passing(engine, model, rows * tokens)
     return Plan(
         shape, precision, memory, traffic, number, rows, tokens, _flops(engine, model, tokens) * of_rank * tokens
@@ -153,7 +157,7 @@ def _without_numbers(x: Tensor, mode: FakeTensorMode) -> Tensor:
 
 
 def _step(
-    engine: PlannedEngine, model: Any, method: Any, tokens_BT: Tensor, micro_batches: int
+    engine: PlannedEngine, model: Any, method: Any, tokens_BT: Tensor, micro_batches: int, wanted: Wanted
 ) -> tuple[int, dict[tuple[str, str], Count]]:
     """(bytes that a micro-batch's forward pass keeps, what a step sends)."""
     checkpointing = engine.config.activation_checkpointing
@@ -161,13 +165,13 @@ def _step(
     each, once = Traffic(names), Traffic(names)
     engine.checkpoint_blocks(model, False)
     with each, _keeping(model) as kept:
-        loss = _loss(engine, model, tokens_BT)
+        loss = _loss(engine, model, tokens_BT, wanted)
     if checkpointing:  # once more, since what a block keeps can be seen without it alone
         engine.let_go(model)
         engine.checkpoint_blocks(model, True)
         each = Traffic(names)
         with each:
-            loss = _loss(engine, model, tokens_BT)
+            loss = _loss(engine, model, tokens_BT, wanted)
     with each:
         loss.backward()
     active = method.active()
@@ -186,12 +190,21 @@ def _step(
     return kept.peak(checkpointing), counts
 
 
-def _loss(engine: PlannedEngine, model: Any, tokens_BT: Tensor) -> Tensor:
-    """A number that depends on all weights. It asks the output layer for one token; `_passing` knows what the others take."""
+def _loss(engine: PlannedEngine, model: Any, tokens_BT: Tensor, wanted: Wanted) -> Tensor:
+    """A number that depends on all weights. It asks the output layer for one token; `_passing` knows what the others take.
+
+    Ranks that share out the vocabulary sum the gradient of all hidden states that predict a token, and gather logits if asked.
+    """
     head: Any = model.get_output_embeddings() if head_kind(model) == "language" else value_head(model)
 
     def compute() -> Tensor:
         hidden_BTD = decoder_of(model)(input_ids=tokens_BT, use_cache=False)[0]
+        if (mesh := mesh_of(head.weight)) is not None:
+            if wanted.reads_logits:
+                logits_NV = hidden_BTD.new_empty(hidden_BTD[:, :-1, 0].numel(), len(local_part(head.weight)))
+                DTensor.from_local(at_least_fp32(logits_NV), mesh, [Shard(1)], run_check=False).full_tensor()
+            hidden_D = sum_gradient(hidden_BTD[:, :-1], mesh)[0, -1]
+            return (local_part(head.weight) @ hidden_D.to(head.weight.dtype)).float().sum()
         return head(hidden_BTD[:1, -1].to(head.weight.dtype)).float().sum()
 
     return engine._run(model, compute)
@@ -280,6 +293,7 @@ def _passing(engine: PlannedEngine, model: Any, tokens: int) -> dict[str, int]:
     output = model.get_output_embeddings() if head_kind(model) == "language" else None
     if output is not None:
         vocabulary, width = output.weight.shape
+        vocabulary //= number if "tensor" in cut_over(output.weight) else 1
         trained = vocabulary * width if output.weight.requires_grad else 0
         rows = tokens if engine.head.linear is None else min(tokens, rows_at_once(vocabulary, trained))
         # logits, log-probabilities and their gradient; the weight's gradient, of a chunk and of all of them
