@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from tunesmith.engines.tensor_plan import Cut, base_of, check_tensor_parallel, dim_of, plan_of
 from tunesmith.errors import UserError
-from tunesmith.models.load import decoder_name, decoder_of
+from tunesmith.models.load import decoder_name, decoder_of, is_multimodal
 from tunesmith.tensors import sum_gradient, summed
 
 PIECES = 64
@@ -69,11 +69,12 @@ def tensor_parallel(model: Any, mesh: DeviceMesh) -> frozenset[str]:
 
 
 def parts_vocabulary(model: Any, degree: int) -> bool:
-    """Whether so many ranks share out the rows of the output layer. Called as a module it gathers all logits, which
-    `score_targets` does not need."""
+    """Whether so many ranks share out the rows of the output layer. Called as a module it gathers all logits: `score_targets`
+    does without, and models with images or sounds, which call it themselves, keep it whole."""
     output: Any = model.get_output_embeddings()
     return (
         type(output) is nn.Linear
+        and not is_multimodal(model.config)
         and output.weight is not model.get_input_embeddings().weight
         and output.weight.shape[0] % degree == 0
     )
