@@ -11,7 +11,8 @@ from tunesmith.data.dataset import Dataset
 from tunesmith.engines import with_engine
 from tunesmith.methods import METHODS
 from tunesmith.plan.devices import Device
-from tunesmith.plan.trace import Traced, trace
+from tunesmith.plan.kept import traced
+from tunesmith.plan.trace import Traced
 from tunesmith.run_data import RunData, open_data
 
 GAPS = {"cuda": 0.05, "cpu": 0.05}
@@ -97,13 +98,12 @@ def foresee(config: RunConfig, device: Device, data: RunData | None = None) -> F
     data = data or open_data(with_engine(config))
     config = data.config
     precision = foreseen_precision(config, device)
-    traced = trace(data, precision)
     samples = config.train.batch_size
     if isinstance(data.batches, Dataset):
         tokens = data.batches.epoch_tokens / data.batches.epoch_samples * samples
     else:
         tokens = float(data.samples.lengths().sum(1).mean()) * samples
-    return Forecast(config, device, precision, traced, data.steps, samples, tokens)
+    return Forecast(config, device, precision, traced(data, precision), data.steps, samples, tokens)
 
 
 def foreseen_precision(config: RunConfig, device: Device) -> str:
