@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import tunesmith
 from tunesmith.cache import cache_folder
@@ -26,19 +27,20 @@ def traced(data: RunData, precision: str) -> Traced:
     """As `trace`, which is not asked again for what it has said once."""
     file = cache_folder() / "plans" / f"{key(data, precision)}.json"
     if file.is_file():
-        numbers = json.loads(file.read_text(encoding="utf-8"))
+        numbers: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         peaks = {name: Peak(*peak) for name, peak in numbers.pop("peaks").items()}
         return Traced(peaks=peaks, **numbers)
     found = trace(data, precision)
     file.parent.mkdir(parents=True, exist_ok=True)
-    peaks = {name: (peak.bytes, dict(peak.kinds)) for name, peak in found.peaks.items()}
-    write_text(file, json.dumps({**vars(found), "peaks": peaks}))
+    whole = {name: (peak.bytes, dict(peak.kinds)) for name, peak in found.peaks.items()}
+    write_text(file, json.dumps({**vars(found), "peaks": whole}))
     return found
 
 
 def key(data: RunData, precision: str) -> str:
     """Hash of the settings, the models' architectures, the samples, and the code that makes a trace of them."""
-    config = data.config.model_copy(update={"output": ""})
+    train = data.config.train.model_copy(update={"memory": None, "foresee": True})
+    config = data.config.model_copy(update={"output": "", "train": train})
     digest = hashlib.blake2b(digest_size=20)
     for text in (
         config.model_dump_json(),

@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_leaves
 
 from tunesmith.plan.flops import OF_OPERATION
@@ -70,6 +74,8 @@ class Ledger(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         """Of each phase the most that was held."""
         self.phase = ""
+        self.compiled: tuple[str, ...] = ()
+        """Phases whose operations a compiler makes one of: what lies between them is in no memory."""
         self.total = 0
         self.flops = 0
         """Of matrix products, attention and convolutions."""
@@ -92,13 +98,15 @@ class Ledger(TorchDispatchMode):
     def name(self, tensors: Iterable[Any], kind: str) -> None:
         """Say what tensors are for, whenever they were made."""
         for x in tree_leaves(list(tensors)):
-            if isinstance(x, Tensor):
-                self._count(x, kind, again=True)
+            for part in _parts(x):
+                self._count(part, kind, again=True)
         self._note_peak()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not DEVICE and any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # what it makes of that comes by again
         result = function(*args, **(kwargs or {}))
-        if function is DEVICE:
+        if function is DEVICE or self.phase in self.compiled:
             return result
         for x in tensors_in((result,)):
             if (place := place_of(x)) not in self.kinds and not any(
@@ -150,6 +158,17 @@ class Ledger(TorchDispatchMode):
             if name in self.peaks:
                 peak = self.peaks[name]
                 self.peaks[name] = Peak(peak.bytes + size, +(Counter(peak.kinds) + Counter({kind: size})))
+
+
+def _parts(x: Any) -> list[Tensor]:
+    """What of a tensor is in memory: it, or those that it is made of, as a state in 8 bits is."""
+    if not isinstance(x, Tensor):
+        return []
+    x = local_part(x)
+    if not is_traceable_wrapper_subclass(x):
+        return [x]
+    names, _ = x.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(x, name))]
 
 
 def place_of(x: Tensor) -> int:

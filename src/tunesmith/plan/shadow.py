@@ -14,7 +14,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_map
 
 from tunesmith.plan.ledger import DEVICE, tensors_in
@@ -71,6 +71,8 @@ class Shadow(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is DEVICE:
             return CPU
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # what it makes of that comes by again
         kwargs = kwargs or {}
         tensors = list(tensors_in(args, kwargs))
         real = [x for x in tensors if not isinstance(x, FakeTensor)]
@@ -91,7 +93,7 @@ def _makes_numbers(function: Any, kwargs: Any) -> bool:
     """Whether what an operation without tensors makes is of floating-point numbers."""
     dtype = kwargs.get("dtype")
     if dtype is not None:
-        return cast(bool, dtype.is_floating_point)
+        return cast(bool, dtype.is_floating_point or dtype == torch.uint8)  # bytes: what an optimizer keeps in 8 bits
     return function is not aten.arange.default and function not in (aten.arange.start, aten.arange.start_step)
 
 

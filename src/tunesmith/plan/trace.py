@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tunesmith.assemble import Run, assemble
@@ -28,6 +29,9 @@ from tunesmith.types import Batch
 
 TRACED = 2
 """Micro-batches of a step that are traced: the largest, and the largest of those that come when there are gradients already."""
+
+COPIES = 2
+"""In fp32 of the largest parameter, that a compiled update of 8-bit states makes: an estimate."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def trace(data: RunData, precision: str, whole_step: bool = False) -> Traced:
     """Foresee a run on one device. whole_step: all micro-batches of the step, and not only the first. Raises UserError."""
     config = data.config
     shadow = Shadow()
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.compiler.set_stance("force_eager"):  # of torchao's 8-bit optimizers
         engine = ForeseenEngine(config.engine, precision, shadow, stack)
         try:
             run = assemble(data, engine, lambda what, number: None, foreseen_helpers)
@@ -80,11 +84,14 @@ def trace(data: RunData, precision: str, whole_step: bool = False) -> Traced:
 
 def _trace(run: Run, shadow: Shadow, batch: Batch, held_out: Batch | None) -> Traced:
     ledger, learner = Ledger(), run.learner
+    ledger.compiled = ("update",) if run.config.optimizer.name == "adamw8bit" else ()
     with recorded(run, ledger):
         before = ledger.held["optimizer state"]
         take_step(run, batch, ledger)
         flops, moved, operations = ledger.flops, ledger.moved, ledger.operations
-        ledger.add("optimizer state", ledger.held["optimizer state"] - before, ("forward", "logits", "backward"))
+        state = ledger.held["optimizer state"] - before
+        ledger.add("optimizer state", state, ("forward", "logits", "backward", *ledger.compiled))
+        ledger.add("update", COPIES * 4 * max(p.numel() for p in learner.method.params.values()), ledger.compiled)
         if held_out is not None:
             learner.sums(run.objective, [held_out], run.helpers)
     pieces = learner.method.micro_batches(batch, learner.micro_batch_tokens)
