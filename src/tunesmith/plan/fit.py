@@ -6,6 +6,7 @@ Every one of them is foreseen as a run of its own; nothing is scaled from anothe
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -65,6 +66,8 @@ class Remedy:
     harm: Harm
     change: Callable[[Look, RunConfig], Tree | None]
     """Settings to lay over a configuration, by section; None where that would change nothing, or is not for it."""
+    more_than: str = ""
+    """Name of the one that does less of the same, and is enough where it fits."""
 
 
 def _checkpointing(look: Look, config: RunConfig) -> Tree | None:
@@ -134,6 +137,7 @@ NUM_CHUNKS = 16
 """What method chunk takes by itself."""
 ROWS = "smaller micro-batches"
 """The remedy that has degrees."""
+IN_TURNS = "full fine-tuning in turns (chunk)"
 
 SAME = (
     Remedy("activation checkpointing", "same result", _checkpointing),
@@ -145,8 +149,8 @@ OTHERS = (
     Remedy("weights in bf16", "result differs a little", _weights_in_bf16),
     Remedy("optimizer state in 8 bits", "result differs a little", _state_in_8bit),
     Remedy("smaller chunks", "result differs a little", _smaller_chunks),
-    Remedy("full fine-tuning in turns (chunk)", "result differs a little", _in_turns),
-    Remedy("chunk, with weights that wait on the host", "result differs a little", _streamed),
+    Remedy(IN_TURNS, "result differs a little", _in_turns),
+    Remedy("chunk, with weights that wait on the host", "result differs a little", _streamed, IN_TURNS),
     Remedy("LoRA of rank 16", "another method", _adapter),
     Remedy("scoring alone (zeroth)", "another method", _scoring),
 )
@@ -181,9 +185,13 @@ def remedies(
 def _ladder(look: Look) -> Iterator[Candidate]:
     """What is worth a look, in order of harm."""
     yield from _same(look)
+    enough: set[str] = set()
     for remedy in OTHERS:
-        if (changed := look.changed(remedy, look.config)) is not None:
-            yield _gentlest(look, remedy, changed)
+        changed = None if remedy.more_than in enough else look.changed(remedy, look.config)
+        if changed is not None:
+            candidate = _gentlest(look, remedy, changed)
+            enough |= {remedy.name} if candidate.fits else set()
+            yield candidate
 
 
 def _same(look: Look) -> Iterator[Candidate]:
@@ -298,7 +306,9 @@ class Look:
         data = replace(self.data, config=with_engine(config.model_copy(update={"data": date})))
         made = Candidate(names, harm, config, overrides(self.config, config), None, note)
         try:
-            return replace(made, forecast=foresee(data.config, self.device, data))
+            with warnings.catch_warnings():  # the run itself will give them
+                warnings.simplefilter("ignore")
+                return replace(made, forecast=foresee(data.config, self.device, data))
         except UserError as error:
             if not names:
                 raise
