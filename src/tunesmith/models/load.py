@@ -288,7 +288,7 @@ def value_head_name(model: Any) -> str:
 
 
 def _loading_failed(what: str, config: ModelConfig, error: Exception) -> str:
-    if files := _own_code(config):
+    if isinstance(error, ValueError) and (files := _own_code(config)):
         return (
             f"{config.path}: transformers does not know this architecture, whose code comes with the checkpoint "
             f"({', '.join(files)}): read it, and set model.trust_remote_code to true; it then runs here with your rights"

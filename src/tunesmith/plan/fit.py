@@ -170,7 +170,7 @@ def remedies(
     look = Look(config, device, data or open_data(with_engine(config)))
     first = look.at((), "same result", config)
     yield first
-    if first.fits:
+    if first.fits or device.memory <= device.context:
         return
     found = 0
     for candidate in _ladder(look):
