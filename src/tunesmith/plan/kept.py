@@ -40,7 +40,8 @@ def traced(data: RunData, precision: str) -> Traced:
 def key(data: RunData, precision: str) -> str:
     """Hash of the settings, the models' architectures, the samples, and the code that makes a trace of them."""
     train = data.config.train.model_copy(update={"memory": None, "foresee": True})
-    config = data.config.model_copy(update={"output": "", "train": train})
+    where = data.config.data.model_copy(update={"path": "", "eval_path": None})  # what is there, the samples say
+    config = data.config.model_copy(update={"output": "", "train": train, "data": where})
     digest = hashlib.blake2b(digest_size=20)
     for text in (
         config.model_dump_json(),
