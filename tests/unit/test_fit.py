@@ -166,7 +166,7 @@ def test_shorter_samples_are_told_of_and_the_last_resort(full: RunConfig, tmp_pa
     })  # fmt: skip
     data = open_data(config)
     assert longest(data) == 256
-    shorter = foresee(laid_over(config, {"data": {"max_tokens": 128}}), LARGE)
+    shorter = foresee(laid_over(config, {"data": {"max_tokens": 128}, "train": {"micro_batch_tokens": 128}}), LARGE)
     (_, *others, last) = remedies(config, device_of(shorter))
     assert not any(each.fits for each in others)
     assert (last.harm, last.note) == ("other data", "2 of 8 samples are longer (data.truncation: right)")

@@ -52,6 +52,12 @@ class Candidate:
         return self.forecast is not None and self.forecast.verdict == "fits"
 
     @property
+    def needed(self) -> int:
+        """Bytes at the peak, of one that is not refused."""
+        assert self.forecast is not None
+        return self.forecast.needed
+
+    @property
     def what(self) -> str:
         """Its remedies, and what they change about the result."""
         return f"{', '.join(self.remedies)} ({self.harm})"

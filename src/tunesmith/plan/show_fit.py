@@ -27,7 +27,7 @@ def print_fits(config: RunConfig, device: Device, console: Console, write: Path 
     if write is not None:
         check_free(write)
     console.print(f"[bold]tunesmith plan: what fits on {escape(_named(device))}[/]", highlight=False)
-    tried = []
+    tried: list[Candidate] = []
     with console.status("") as status:
         for candidate in remedies(config, device):
             status.stop()
@@ -99,6 +99,5 @@ def _named(device: Device) -> str:
 
 def _nearest(tried: Iterable[Candidate]) -> str:
     """What comes nearest, in words."""
-    known = [(candidate.forecast.needed, candidate) for candidate in tried if candidate.forecast is not None]
-    needed, candidate = min(known, key=lambda pair: pair[0])
-    return f"least takes {', '.join(candidate.remedies) or 'what was asked for'}: {short_bytes(needed)}"
+    least = min((candidate for candidate in tried if candidate.forecast is not None), key=lambda each: each.needed)
+    return f"least takes {', '.join(least.remedies) or 'what was asked for'}: {short_bytes(least.needed)}"
