@@ -271,6 +271,10 @@ class Method:
         mapped(self.optimizer.state_dict(), lambda _, x: found.append(x))
         return found
 
+    def waiting(self) -> list[Tensor]:
+        """What waits in the host's memory for its turn."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on with the same bits: trained parameters and optimizer state."""
         return {

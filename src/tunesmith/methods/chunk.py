@@ -196,6 +196,9 @@ class Chunk(Method):
     def states(self) -> list[Tensor]:
         return [x for trainee in self.trainees for x in trainee.state().values()]
 
+    def waiting(self) -> list[Tensor]:
+        return self.shelf.in_memory()
+
     def update(self, lr: float) -> None:
         for trainee in self.trainees:
             trainee.update(lr)

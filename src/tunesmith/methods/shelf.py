@@ -86,6 +86,10 @@ class Shelf:
                 x.record_stream(current)
         return self._laid_out(key, _unpacked(found) if self.eight_bit else found)
 
+    def in_memory(self) -> list[Tensor]:
+        """What of it waits in the host's memory."""
+        return [] if self.file is not None else [x for state in self.kept.values() for x in state.values()]
+
     def state_dict(self) -> dict[str, State]:
         """All that waits, as it is kept (8-bit states stay so)."""
         self._settle(keep=0)
@@ -126,11 +130,11 @@ class TensorFile:
 
     def keep(self, key: str, x: Tensor) -> Tensor:
         x = x.detach().cpu().contiguous()
+        if x.numel() == 0 or x.ndim == 0:
+            return x.clone()
         if is_hollow(x):
             with phase("disk"):
                 return x.clone()
-        if x.numel() == 0 or x.ndim == 0:
-            return x.clone()
         array = x.view(torch.uint8).numpy()
         if key not in self.places:
             self.places[key] = self.end

@@ -158,6 +158,7 @@ def _name_held(learner: Learner, ledger: Ledger, helpers: Mapping[str, Any]) -> 
         ledger.name([p.detach()], "adapter" if "lora_" in name else "weights")
     ledger.name(learner.model.buffers(), "weights")
     ledger.name(states(learner), "optimizer state")
+    ledger.name(learner.method.waiting(), "on the host")
     for helper in helpers.values():
         if (model := getattr(helper, "model", None)) is not None:
             ledger.name([*model.parameters(), *model.buffers()], "reference and teacher")
