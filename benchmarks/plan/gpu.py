@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from common import median, perf_counter, print_machine, synchronize
-
 from tests.plan.shapes import write_model, write_text
+
 from tunesmith.assemble import Run, assemble
 from tunesmith.config import RunConfig
 from tunesmith.config_file import config_from_dict
@@ -47,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dora-2k": {"method": {**LORA, "dora": True}, "tokens": 2048},
     "dpo-lora-2k": {"method": LORA, "tokens": 2048, "objective": "dpo", "checkpointing": True},
     "chunk-4k": {"method": {"name": "chunk", "num_chunks": 16}, "tokens": 4096, "checkpointing": True},
-    "freeze-4k": {"method": {"name": "freeze", "last_blocks": 4}, "tokens": 4096},
+    "freeze-4k": {"method": {"name": "freeze", "last_blocks": 2}, "tokens": 4096},
     "zeroth-4k": {"method": "zeroth", "tokens": 4096, "optimizer": SGD},
     "full-1b-4k": {"method": "full", "tokens": 4096, "model": "llama-1b", "precision": "mixed"},
 }
@@ -58,10 +59,11 @@ class RandomEngine(SingleEngine):
     """One device, and a model with random weights, made where they stay."""
 
     def load(self, config: Any, dtype: torch.dtype, *more: Any, **named: Any) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM
+
         architecture = shape_of_model(config, dtype).config
-        kind: Any = __import__("transformers").AutoModelForCausalLM
         with self.device:
-            model = kind.from_config(architecture, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
         return model, model
 
 
@@ -75,7 +77,11 @@ def config_of(wanted: Mapping[str, Any], folder: Path, tiny: bool) -> RunConfig:
                 "path": str(write_model(folder, "tiny" if tiny else wanted.get("model", "llama-8b"))),
                 "precision": wanted.get("precision", "bf16"),
             },
-            "data": {"path": str(write_text(folder, tokens, "pairs" if pairs else "text")), "max_tokens": tokens, "pack": False},
+            "data": {
+                "path": str(write_text(folder, tokens, "pairs" if pairs else "text")),
+                "max_tokens": tokens,
+                "pack": False,
+            },
             "objective": wanted.get("objective", "pretrain"),
             "method": wanted["method"],
             "optimizer": wanted.get("optimizer", ADAMW),

@@ -19,10 +19,10 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common import median, perf_counter, print_machine
-
 from tests.plan.cells import CELLS, SEEN_BY_ALLOCATOR, Workplace, allocated, compare, table
 
 
@@ -39,7 +39,10 @@ def main() -> None:
         if args.allocator:
             for cell in SEEN_BY_ALLOCATOR:
                 ledger, allocator = allocated(workplace.config(cell))
-                print(f"{ledger:10} of tensors {allocator:10} allocated {allocator / ledger - 1:+8.2%}  {cell}", flush=True)
+                print(
+                    f"{ledger:10} of tensors {allocator:10} allocated {allocator / ledger - 1:+8.2%}  {cell}",
+                    flush=True,
+                )
             return
         chosen = [cell for cell in CELLS if all(word in str(cell).split() for word in args.only)]
         found = [compare(workplace.config(cell), cell) for cell in chosen]

@@ -17,10 +17,10 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common import in_own_process, perf_counter, print_machine
-
 from tests.plan.shapes import write_model, write_text
 
 METHODS = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.families import make_model, train_tokenizer
@@ -265,3 +267,28 @@ def table(found: Sequence[Compared]) -> str:
         foreseen = one.foreseen
         lines.append(f"{foreseen.peak.bytes:10} {one.bytes:10} {one.error:+8.2%}  {foreseen.phase:10}  {one.cell}")
     return "\n".join(lines)
+
+
+SEEN_BY_ALLOCATOR = (
+    Cell("llama", of_method=LORA, tokens=LONG),
+    Cell("llama", "full", "dpo", precision="mixed", of_objective={"reference": "live"}),
+    Cell("gpt2", "full", "pretrain", precision="bf16", optimizer=MUON),
+    Cell("qwen3_moe", "full", precision="mixed", tokens=LONG, checkpointing=True),
+)
+
+
+def allocated(config: RunConfig) -> tuple[int, int]:
+    """(bytes of tensors at the peak of a step, the same by what torch's CPU allocator gives out and takes back)."""
+    run = build(config)
+    batch, ledger = worst_batch(run), Ledger()
+    for _ in range(2):
+        take_step(run, batch, Ledger())
+    with recorded(run, ledger):
+        held = ledger.total
+        take_step(run, batch, ledger)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        take_step(run, batch, Ledger())
+    found: Any = profiler.profiler
+    events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(peak.bytes for peak in ledger.peaks.values()), held + max(accumulate(changes))

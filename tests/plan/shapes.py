@@ -54,6 +54,6 @@ def write_text(folder: Path, tokens: int, form: str = "text") -> Path:
     words = "Afterwards 3 comes 4 and so on. " * (tokens // 6)
     record: dict[str, Any] = {"text": words}
     if form == "pairs":
-        record = {name: [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": words}] for name in ("chosen", "rejected")}
+        record = {"prompt": "Go on.", "chosen": words, "rejected": f"No. {words}"}
     file.write_text((json.dumps(record) + "\n") * 8)
     return file

@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-from tests.plan.cells import CELLS, Cell, Compared, Workplace, compare, table
+from tests.plan.cells import CELLS, SEEN_BY_ALLOCATOR, Cell, Compared, Workplace, allocated, compare, table
 
 MEDIAN, WORST, UNDER = 0.02, 0.08, 0.03
 """Errors of the foreseen peak over all cells: at most, and how far below what is measured."""
@@ -30,6 +30,13 @@ def test_work_is_that_of_torchs_counter(cell: Cell, workplace: Workplace, compar
     assert found.foreseen.flops == found.flops
     assert found.error >= -UNDER, table([found])
     assert found.error <= WORST, table([found])
+
+
+@pytest.mark.parametrize("cell", SEEN_BY_ALLOCATOR, ids=str)
+def test_little_is_taken_beside_tensors(cell: Cell, workplace: Workplace) -> None:
+    """What kernels take inside themselves, and alignment, by torch's own count of what its allocator gives out."""
+    tensors, given_out = allocated(workplace.config(cell))
+    assert 0.995 * tensors <= given_out <= 1.02 * tensors
 
 
 def test_the_grid_is_wide() -> None:

@@ -68,7 +68,10 @@ def test_full_training_of_8b(folder: Path) -> None:
     assert found.flops == pytest.approx(6 * found.parameters * TOKENS, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("llama-8b", 8_030_261_248), ("llama-70b", 70_553_706_496), ("qwen3-30b-a3b", 30_532_122_624)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-8b", 8_030_261_248), ("llama-70b", 70_553_706_496), ("qwen3-30b-a3b", 30_532_122_624)],
+)
 def test_lora(folder: Path, name: str, parameters: int) -> None:
     shape, rank = SHAPES[name], 16
     found = foresee(folder, name, "bf16", method={"name": "lora", "rank": rank, "targets": ["q_proj", "v_proj"]})
@@ -82,7 +85,9 @@ def test_lora(folder: Path, name: str, parameters: int) -> None:
     assert held["optimizer state"] == 8 * found.trained + 4 * (4 * layers)
     assert held["gradients"] == 4 * found.trained
     active = in_blocks(shape, active=True) + shape["vocab_size"] * width
-    assert found.flops == pytest.approx(4 * active * TOKENS + 6 * found.trained * TOKENS + attention_flops(shape), rel=0.02)
+    assert found.flops == pytest.approx(
+        4 * active * TOKENS + 6 * found.trained * TOKENS + attention_flops(shape), rel=0.02
+    )
 
 
 def test_chunks_of_8b(folder: Path) -> None:
@@ -90,13 +95,23 @@ def test_chunks_of_8b(folder: Path) -> None:
         folder, "llama-8b", "bf16", method={"name": "chunk", "num_chunks": 16}, optimizer={"name": "adamw", "lr": 1e-5}
     )
     assert found.trained == found.parameters == 8_030_261_248
-    # the master copy and two moments of a chunk in fp32: cuts fall between rows, so that chunks are not all of one size
-    most = found.peaks["update"].kinds["optimizer state"]
-    assert 12 * found.parameters / 16 <= most < 1.1 * 12 * found.parameters / 16
+    # the master copy and two moments in fp32 of one chunk, and of the next one, which comes while the last step of a turn goes
+    # on; cuts fall between rows, so that chunks are not all of one size
+    of_chunk = 12 * found.parameters / 16
+    assert 2 * of_chunk <= found.peaks["update"].kinds["optimizer state"] < 2.3 * of_chunk
     assert "on the host" not in found.peak.kinds
     assert found.peak.bytes < 0.25 * 16 * found.parameters  # what all at once would take
 
 
+def test_chunks_within_a_budget(folder: Path) -> None:
+    limit = 32 * 2**30
+    adamw = {"name": "adamw", "lr": 1e-5}
+    found = foresee(folder, "llama-8b", "bf16", method={"name": "chunk", "memory": "32GiB"}, optimizer=adamw)
+    assert found.parameters == 8_030_261_248
+    assert 0.75 * limit <= found.peak.bytes <= limit
+
+
+@pytest.mark.filterwarnings("ignore:method.eps")
 def test_zeroth_order_of_8b(folder: Path) -> None:
     found = foresee(folder, "llama-8b", "bf16", method="zeroth", optimizer={"name": "sgd", "lr": 1e-6})
     assert found.parameters == 8_030_261_248

@@ -159,14 +159,15 @@ class Chunk(Method):
 
     def unlike_steps(self) -> Iterator[None]:
         """Of few chunks all; of many the first, the last, the largest, and those with embeddings and head."""
-        turns = range(0, self.turns.per_cycle * self.turns.updates_per_chunk, self.turns.updates_per_chunk)
-        by_chunks = {self.turns.at(update): update for update in turns}
+        cycle, last = self.turns.per_cycle * self.turns.updates_per_chunk, self.turns.updates_per_chunk - 1
+        by_chunks = {self.turns.at(update): update for update in range(last, cycle, last + 1)}
         for update in by_chunks.values():
             self.updates = update
             self.ready(several=False)
             self._learn_nothing()
         for chunks in self._unlike(list(by_chunks)):
             self.updates = by_chunks[chunks]
+            self.shelf.ahead.clear()  # another follows than was to
             yield
 
     def _unlike(self, turns: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -194,7 +195,8 @@ class Chunk(Method):
         return {trainee.span.key: trainee.leaf for trainee in self.trainees}
 
     def states(self) -> list[Tensor]:
-        return [x for trainee in self.trainees for x in trainee.state().values()]
+        present = [x for trainee in self.trainees for x in trainee.state().values()]
+        return present + [x for state, _ in self.shelf.ahead.values() for x in state.values()]
 
     def waiting(self) -> list[Tensor]:
         return self.shelf.in_memory()

@@ -141,6 +141,7 @@ def recorded(run: Run, ledger: Ledger) -> Iterator[None]:
 
     def hear(phase: str) -> AbstractContextManager[None]:
         if phase == "forward":  # what trains may be another with every step
+            ledger.name(states(run.learner), "optimizer state")
             for p in run.learner.method.active().values():
                 if not p._post_accumulate_grad_hooks:
                     handles.append(p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients")))
