@@ -236,7 +236,7 @@ def test_a_plan_is_kept_until_anything_changes(full: RunConfig, data: RunData, m
     assert foresee(laid_over(full, {"train": {"memory": 1}}), LARGE, data) == once
     shorter = replace(data, samples=data.samples.select([np.arange(len(data.samples)) > 0]))
     for changed in (replace(data, config=full.model_copy(update={"seed": 1})), shorter):
-        assert kept.key(changed, "fp32") != kept.key(data, "fp32")
+        assert kept.key(changed, "fp32", "cpu") != kept.key(data, "fp32", "cpu")
 
 
 @pytest.mark.parametrize("name", METHODS)

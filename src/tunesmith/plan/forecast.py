@@ -103,7 +103,7 @@ def foresee(config: RunConfig, device: Device, data: RunData | None = None) -> F
         tokens = data.batches.epoch_tokens / data.batches.epoch_samples * samples
     else:
         tokens = float(data.samples.lengths().sum(1).mean()) * samples
-    return Forecast(config, device, precision, traced(data, precision), data.steps, samples, tokens)
+    return Forecast(config, device, precision, traced(data, precision, device.kind), data.steps, samples, tokens)
 
 
 def settled(config: RunConfig, device: Device) -> RunConfig:

@@ -23,21 +23,21 @@ PACKAGES = ("torch", "transformers", "peft")
 """What a trace depends on beside the program itself."""
 
 
-def traced(data: RunData, precision: str) -> Traced:
+def traced(data: RunData, precision: str, kind: str) -> Traced:
     """As `trace`, which is not asked again for what it has said once."""
-    file = cache_folder() / "plans" / f"{key(data, precision)}.json"
+    file = cache_folder() / "plans" / f"{key(data, precision, kind)}.json"
     if file.is_file():
         numbers: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         peaks = {name: Peak(*peak) for name, peak in numbers.pop("peaks").items()}
         return Traced(peaks=peaks, **numbers)
-    found = trace(data, precision)
+    found = trace(data, precision, kind=kind)
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: (peak.bytes, dict(peak.kinds)) for name, peak in found.peaks.items()}
     write_text(file, json.dumps({**vars(found), "peaks": whole}))
     return found
 
 
-def key(data: RunData, precision: str) -> str:
+def key(data: RunData, precision: str, kind: str) -> str:
     """Hash of the settings, the models' architectures, the samples, and the code that makes a trace of them."""
     train = data.config.train.model_copy(update={"memory": None, "foresee": True})
     where = data.config.data.model_copy(update={"path": "", "eval_path": None})  # what is there, the samples say
@@ -49,6 +49,7 @@ def key(data: RunData, precision: str) -> str:
         data.samples.fingerprint(),
         data.held_out.fingerprint(),
         precision,
+        kind,
         str(data.steps),
         *(f"{name} {version(name)}" for name in PACKAGES),
         _code(),

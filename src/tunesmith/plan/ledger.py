@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 
 from tunesmith.plan.flops import OF_OPERATION
-from tunesmith.tensors import local_part
 
 WHOLE = ("evaluation", "reference", "generation")
 """Phases whose parts are not told apart."""
@@ -33,8 +32,12 @@ KINDS = {
     "reference": "evaluation",
     "generation": "generation",
     "host": "on the host",
+    "disk": "on disk",
 }
 """What is made in a phase, unless it is named otherwise."""
+
+ASIDE = ("host", "disk")
+"""What is done within other phases, whose peaks these are."""
 
 
 DEVICE = torch.ops.prim.device.default
@@ -58,15 +61,30 @@ class Peak(NamedTuple):
     """Of it, by what it is for."""
 
 
+class Work(NamedTuple):
+    """What was computed."""
+
+    flops: int
+    """Of matrix products, attention and convolutions."""
+    moved: int
+    """Bytes that other operations read and write."""
+    operations: int
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(*(a - b for a, b in zip(self, other, strict=True)))
+
+
 class Ledger(TorchDispatchMode):
     """Counts storages while they live, whose operations it sees; what kernels take inside themselves is not among them.
 
-    `kind` names what is made now. What was there before is counted when it is named (`name`).
+    `kind` names what is made now. What was there before is counted when it is named (`name`). elsewhere: kinds that are not
+    in the memory that is counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: Iterable[str] = ("on disk",)) -> None:
         super().__init__()
         self.kind = "other"
+        self.elsewhere = frozenset(elsewhere)
         self.held: Counter[str] = Counter()
         """Bytes now, by kind."""
         self.kinds: dict[int, tuple[str, int]] = {}
@@ -74,20 +92,24 @@ class Ledger(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         """Of each phase the most that was held."""
         self.phase = ""
-        self.compiled: tuple[str, ...] = ()
-        """Phases whose operations a compiler makes one of: what lies between them is in no memory."""
         self.total = 0
         self.flops = 0
         """Of matrix products, attention and convolutions."""
         self.moved = 0
         """Bytes that other operations read and write."""
         self.operations = 0
+        self._note_peak()
+
+    @property
+    def work(self) -> Work:
+        """So far."""
+        return Work(self.flops, self.moved, self.operations)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Inside, peaks are of this phase, and what is made is of its kind. Within an evaluation they stay the evaluation's."""
         before = self.phase, self.kind
-        self.phase = before[0] if before[0] in WHOLE else phase
+        self.phase = before[0] if before[0] in WHOLE or phase in ASIDE else phase
         self.kind = KINDS.get(phase, self.kind)
         self._note_peak()
         try:
@@ -98,15 +120,16 @@ class Ledger(TorchDispatchMode):
     def name(self, tensors: Iterable[Any], kind: str) -> None:
         """Say what tensors are for, whenever they were made."""
         for x in tree_leaves(list(tensors)):
-            for part in _parts(x):
-                self._count(part, kind, again=True)
+            if isinstance(x, Tensor):
+                for part in parts_of(x):
+                    self._count(part, kind, again=True)
         self._note_peak()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not DEVICE and any(is_traceable_wrapper_subclass_type(kind) for kind in types):
-            return NotImplemented  # what it makes of that comes by again
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # what it does with the tensors within comes by
         result = function(*args, **(kwargs or {}))
-        if function is DEVICE or self.phase in self.compiled:
+        if function is DEVICE:
             return result
         for x in tensors_in((result,)):
             if (place := place_of(x)) not in self.kinds and not any(
@@ -126,7 +149,7 @@ class Ledger(TorchDispatchMode):
             self.moved += sum(x.numel() * x.element_size() for x in tensors_in((*args, result), kwargs))
 
     def _count(self, x: Tensor, kind: str, again: bool = False) -> None:
-        storage = local_part(x.detach() if x.requires_grad else x).untyped_storage()
+        storage = x.untyped_storage()
         place = storage._cdata
         if place in self.kinds:
             before, size = self.kinds[place]
@@ -135,7 +158,7 @@ class Ledger(TorchDispatchMode):
                 self.held[kind] += size
                 self.kinds[place] = kind, size
             return
-        size = storage.nbytes()
+        size = 0 if kind in self.elsewhere else storage.nbytes()
         self.kinds[place] = kind, size
         self.held[kind] += size
         self.total += size
@@ -147,30 +170,27 @@ class Ledger(TorchDispatchMode):
         self.held[kind] -= size
         self.total -= size
 
+    def restart(self) -> None:
+        """Forget the peaks so far."""
+        self.peaks.clear()
+        self._note_peak()
+
     def _note_peak(self) -> None:
         before = self.peaks.get(self.phase)
         if before is None or self.total >= before.bytes:
             self.peaks[self.phase] = Peak(self.total, +self.held)
 
-    def add(self, kind: str, size: int, phases: Iterable[str]) -> None:
-        """What was not there yet in these phases, but will be the next time."""
-        for name in phases:
-            if name in self.peaks:
-                peak = self.peaks[name]
-                self.peaks[name] = Peak(peak.bytes + size, +(Counter(peak.kinds) + Counter({kind: size})))
-
-
-def _parts(x: Any) -> list[Tensor]:
-    """What of a tensor is in memory: it, or those that it is made of, as a state in 8 bits is."""
-    if not isinstance(x, Tensor):
-        return []
-    x = local_part(x)
-    if not is_traceable_wrapper_subclass(x):
-        return [x]
-    names, _ = x.__tensor_flatten__()
-    return [part for name in names for part in _parts(getattr(x, name))]
-
 
 def place_of(x: Tensor) -> int:
     """What tells a storage from all that live beside it."""
-    return int(local_part(x).untyped_storage()._cdata)
+    return int(x.untyped_storage()._cdata)
+
+
+def parts_of(x: Tensor) -> Iterator[Tensor]:
+    """The tensors of which one consists, such as codes and scales, or a rank's part."""
+    x = x.detach()
+    if is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            yield from parts_of(getattr(x, name))
+    else:
+        yield x
