@@ -1,4 +1,4 @@
-"""The engine of a run that is only foreseen: one device, and a model without numbers."""
+"""The engine of a run that is only foreseen: a model without numbers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,14 @@ from tunesmith.models.sibling import sibling
 from tunesmith.plan.shadow import Shadow
 
 
-class ForeseenEngine(SingleEngine):
+class Foreseen(SingleEngine):
     """From `place` on, all that is computed has shapes alone. What models do is asked of their small siblings.
 
-    Kernels are those of the CPU, also where another device is foreseen.
+    Kernels are those of the CPU, also where another device is foreseen. A class beside it says which engine it foresees.
     """
 
-    def __init__(self, config: Any, precision: str, shadow: Shadow, stack: ExitStack) -> None:
-        super().__init__(config.model_copy(update={"device": "cpu", "compile": False}), precision)
-        self.shadow, self.stack = shadow, stack
-
-    def another(self) -> ForeseenEngine:
-        return ForeseenEngine(
-            self.config.model_copy(update={"activation_checkpointing": False}), self.precision, self.shadow, self.stack
-        )
+    shadow: Shadow
+    stack: ExitStack
 
     def load(
         self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
@@ -57,3 +51,16 @@ class ForeseenEngine(SingleEngine):
 
     def _move(self, model: Any) -> None:
         """Nothing is there to move."""
+
+
+class ForeseenEngine(Foreseen):
+    """One device."""
+
+    def __init__(self, config: Any, precision: str, shadow: Shadow, stack: ExitStack) -> None:
+        super().__init__(config.model_copy(update={"device": "cpu", "compile": False}), precision)
+        self.shadow, self.stack = shadow, stack
+
+    def another(self) -> ForeseenEngine:
+        return ForeseenEngine(
+            self.config.model_copy(update={"activation_checkpointing": False}), self.precision, self.shadow, self.stack
+        )

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +37,10 @@ KINDS = {
 
 DEVICE = torch.ops.prim.device.default
 """What asking for a tensor's device calls, of those that are a class of their own."""
+
+
+WRAPPERS = (DTensor, AsyncCollectiveTensor)
+"""Tensors of several ranks, which hold others and do with these what is asked of them."""
 
 
 def tensors_in(args: Iterable[Any], kwargs: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Tensor]:
@@ -98,16 +104,19 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function is DEVICE:
-            return result
+        if function is not DEVICE:
+            self.seen(function, args, kwargs or {}, result)
+        return result
+
+    def seen(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count what an operation has made and done."""
         for x in tensors_in((result,)):
             if (place := place_of(x)) not in self.kinds and not any(
-                place_of(y) == place for y in tensors_in(args, kwargs or {})
+                place_of(y) == place for y in tensors_in(args, kwargs)
             ):
                 again = self.kind == "backward pass" and torch.is_grad_enabled()
                 self._count(x, "activations, computed again" if again else self.kind)
-        self._work(function, args, kwargs or {}, result)
-        return result
+        self._work(function, args, kwargs, result)
 
     def _work(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         if formula := OF_OPERATION.get(function._overloadpacket):
