@@ -107,4 +107,4 @@ def _following(ledger: RankLedger) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
