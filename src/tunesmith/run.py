@@ -30,6 +30,7 @@ from tunesmith.manifest import describe, manifest, other_models, versions, weigh
 from tunesmith.methods import METHODS, NonFiniteError
 from tunesmith.models.load import model_source, padding_token
 from tunesmith.objectives import Objective
+from tunesmith.plan.choose import choose
 from tunesmith.plan.start import foreseen, is_out_of_memory, out_of_memory, rehearse, shown
 from tunesmith.report import write_report
 from tunesmith.run_check import check
@@ -74,20 +75,23 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     elif writes:
         folder.check_free(job)
     check(config)
+    why = ""
+    if asked.name == "auto" and config.engine.name == "fsdp" and config.train.foresee:
+        config, why = choose(config)
     with reading(console) as watch:
         run = build(config, watch)
     group = run.learner.engine.group
     shared = _what_ranks_share(run) | {"resume": resume} if group.world > 1 else {}
     with group.joined(shared):
         group.check_shared(folder.path)
-        return _lead(run, folder, resume, console, asked) if writes else _follow(run, folder, resume, console)
+        return _lead(run, folder, resume, console, asked, why) if writes else _follow(run, folder, resume, console)
 
 
-def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: Engine) -> Result:
+def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: Engine, why: str) -> Result:
     """The run on the only rank, or on that which writes its folder. engine: as it was asked for, since a run may go on with
-    another number of ranks."""
+    another number of ranks. why: the engine that it has."""
     saved = _restore(run, folder, console) if resume else 0
-    facts = describe(run) + (shown(run.forecast) if run.forecast else [])
+    facts = describe(run) + ([("shared out", why)] if why else []) + (shown(run.forecast) if run.forecast else [])
     header(console, f"tunesmith → {folder.path}", facts)
     folder.write_manifest(manifest(run, facts))
     folder.claim(run.config.model_copy(update={"engine": engine}))

@@ -30,10 +30,24 @@ def with_engine(config: RunConfig) -> RunConfig:
         "activation_checkpointing": engine.activation_checkpointing,
         "compile": engine.compile,
     }
-    chosen: Any = SingleConfig(**shared) if world == 1 else FsdpConfig(**shared)
+    chosen: Any = SingleConfig(**shared) if world == 1 else _shards_or_copies(config, FsdpConfig(**shared), world)
     if world > 1 and config.method.name == "zeroth":
         chosen = ReplicasConfig(device=engine.device)
     return config.model_copy(update={"engine": chosen})
+
+
+def _shards_or_copies(config: RunConfig, shards: FsdpConfig, world: int) -> FsdpConfig:
+    """Copies for what cannot be cut. Which of the ways that are left is best is for `plan/choose.py` to say."""
+    copies = shards.model_copy(update={"replicate": world})
+    return shards if _is_able(config, shards, world) or not _is_able(config, copies, world) else copies
+
+
+def _is_able(config: RunConfig, engine: FsdpConfig, world: int) -> bool:
+    try:
+        FsdpEngine.check_for(config.model_copy(update={"engine": engine}), world)
+    except UserError:
+        return False
+    return True
 
 
 def build_engine(config: Any, precision: str, needs_fp32_weights: bool = False) -> SingleEngine:

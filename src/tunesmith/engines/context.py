@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tunesmith.errors import UserError
@@ -128,9 +128,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, scaling: fl
     # each head of keys is a row of its own, that the queries of its group read without a copy
     query = query.reshape(rows * heads, shared, *query.shape[2:])
     key, value = (x.flatten(0, 1)[:, None].expand(-1, shared, -1, -1) for x in (key, value))
-    seen = causal_lower_right(query.shape[2], key.shape[2]) if bias is None else bias.to(query.dtype)
+    whole = CausalVariant.LOWER_RIGHT, query.shape[2], key.shape[2]
+    seen = LowerRight(*whole) if bias is None else bias.to(query.dtype)
     out = scaled_dot_product_attention(query, key, value, seen, dropout, scale=scaling)
     return out.reshape(rows, heads * shared, *out.shape[2:])
+
+
+class LowerRight(CausalBias):
+    """Says that the last query sees all keys, the one before it all but one, and so on; torch's own also takes memory for
+    2 × queries × keys numbers, which it never reads."""
+
+    def __new__(cls, variant: CausalVariant, queries: int, keys: int) -> LowerRight:
+        return torch.Tensor._make_subclass(cls, torch.empty(0, dtype=torch.long))
 
 
 class Cut(Columns):

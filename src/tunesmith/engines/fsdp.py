@@ -185,10 +185,12 @@ class FsdpEngine(SingleEngine):
             self.checkpoint.fill(model, on_host, buffers=self.device)
             self.checkpoint, self.small = None, None
         if self.context is not None:
-            context = self.context
-            self._run(model, lambda: check_cut(model, self.head, context))
-            self.let_go(model)
+            self._check_cut(model, self.context)
         return model
+
+    def _check_cut(self, model: Any, context: ContextParallel) -> None:
+        self._run(model, lambda: check_cut(model, self.head, context))
+        self.let_go(model)
 
     def _head_of(self, model: Any) -> Head:
         if self.checkpoint is None:

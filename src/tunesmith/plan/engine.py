@@ -1,4 +1,4 @@
-"""The engine of a run that is only foreseen: one device, and a model without numbers."""
+"""The engine of a run that is only foreseen: a model without numbers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from tunesmith.plan.ledger import place_of
 from tunesmith.plan.shadow import Shadow
 
 
-class ForeseenEngine(SingleEngine):
+class Foreseen(SingleEngine):
     """From `place` on, all that is computed has shapes alone. What models do is asked of their small siblings.
 
-    Kernels are those of the CPU, also where another device is foreseen.
+    Kernels are those of the CPU, also where another device is foreseen. A class beside it says which engine it foresees.
     """
 
-    def __init__(self, config: Any, precision: str, shadow: Shadow, stack: ExitStack, is_apart: bool = False) -> None:
-        """is_apart: of the device that is foreseen."""
-        super().__init__(config.model_copy(update={"device": "cpu", "compile": False}), precision)
-        self.shadow, self.stack, self._is_apart = shadow, stack, is_apart
+    shadow: Shadow
+    stack: ExitStack
+    _is_apart = False
 
     @property
     def is_apart(self) -> bool:
@@ -35,12 +34,6 @@ class ForeseenEngine(SingleEngine):
 
     def adapting(self, model: Any) -> AbstractContextManager[Any]:
         return torch.device("meta")
-
-    def another(self) -> ForeseenEngine:
-        return ForeseenEngine(
-            self.config.model_copy(update={"activation_checkpointing": False}), self.precision, self.shadow, self.stack,
-            self.is_apart,
-        )  # fmt: skip
 
     def load(
         self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
@@ -76,3 +69,18 @@ class ForeseenEngine(SingleEngine):
     def held_bytes(self) -> int:
         sizes = {place_of(x): x.untyped_storage().nbytes() for x in (*self.placed.parameters(), *self.placed.buffers())}
         return sum(sizes.values()) + (0 if self.is_apart else own_memory())
+
+
+class ForeseenEngine(Foreseen):
+    """One device."""
+
+    def __init__(self, config: Any, precision: str, shadow: Shadow, stack: ExitStack, is_apart: bool = False) -> None:
+        """is_apart: of the device that is foreseen."""
+        super().__init__(config.model_copy(update={"device": "cpu", "compile": False}), precision)
+        self.shadow, self.stack, self._is_apart = shadow, stack, is_apart
+
+    def another(self) -> ForeseenEngine:
+        return ForeseenEngine(
+            self.config.model_copy(update={"activation_checkpointing": False}), self.precision, self.shadow, self.stack,
+            self.is_apart,
+        )  # fmt: skip

@@ -129,16 +129,19 @@ class Ledger(TorchDispatchMode):
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # what it does with the tensors within comes by
         result = function(*args, **(kwargs or {}))
-        if function is DEVICE:
-            return result
+        if function is not DEVICE:
+            self.seen(function, args, kwargs or {}, result)
+        return result
+
+    def seen(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count what an operation has made and done."""
         for x in tensors_in((result,)):
             if (place := place_of(x)) not in self.kinds and not any(
-                place_of(y) == place for y in tensors_in(args, kwargs or {})
+                place_of(y) == place for y in tensors_in(args, kwargs)
             ):
                 again = self.kind == "backward pass" and torch.is_grad_enabled()
                 self._count(x, "activations, computed again" if again else self.kind)
-        self._work(function, args, kwargs or {}, result)
-        return result
+        self._work(function, args, kwargs, result)
 
     def _work(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         if formula := OF_OPERATION.get(function._overloadpacket):

@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from tunesmith.phases import watching
 from tunesmith.plan.ledger import DEVICE, tensors_in
+from tunesmith.tensors import laid_out, layout_of, local_part
 
 aten = torch.ops.aten
 
@@ -43,6 +44,7 @@ class Shadow(TorchDispatchMode):
         self.is_on = False
         self.phase = ""
         self.watch = ExitStack()
+        self.watchers: list[Callable[[Any, Any, Any, Any], None]] = []
 
     def __enter__(self) -> Self:
         self.is_on = True
@@ -65,15 +67,27 @@ class Shadow(TorchDispatchMode):
             self.phase = before
 
     @contextmanager
+    def watched(self, watcher: Callable[[Any, Any, Any, Any], None]) -> Iterator[None]:
+        """Inside, the watcher is told of every operation, its arguments and its result; that costs less than a mode."""
+        self.watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self.watchers.remove(watcher)
+
+    @contextmanager
     def off(self) -> Iterator[None]:
         """Inside, tensors have numbers."""
         with _disable_current_modes() if self.is_on else nullcontext():
             yield
 
     def hollow(self, x: Tensor) -> Tensor:
-        """A tensor of this shape and type without numbers, on the CPU."""
-        with self.off(), self.fake:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+        """A tensor of this shape, type and cut without numbers, on the CPU."""
+        with self.off():
+            part = local_part(x.detach())
+            with self.fake:
+                found = torch.empty_strided(part.shape, part.stride(), dtype=x.dtype, device="cpu")
+            return laid_out(found, layout_of(x))
 
     def hollow_out(self, model: nn.Module) -> None:
         """Replace a model's weights and buffers; those that are tied stay so."""
@@ -94,21 +108,30 @@ class Shadow(TorchDispatchMode):
             return CPU
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # what it does with the tensors within comes by
-        kwargs = kwargs or {}
+        result = self._result(function, args, kwargs or {})
+        for watcher in self.watchers:
+            watcher(function, args, kwargs or {}, result)
+        return result
+
+    def _result(self, function: Any, args: Any, kwargs: Any) -> Any:
         tensors = list(tensors_in(args, kwargs))
         real = [x for x in tensors if not isinstance(x, FakeTensor)]
-        if len(real) == len(tensors) and (tensors or not self._makes_hollow(function, kwargs)):
+        if len(real) == len(tensors) and (tensors or not self._makes_hollow(function, args, kwargs)):
             return function(*args, **kwargs)
         if rule := RULES.get(function):
             return rule(self, function, *args, **kwargs)
+        if function in PLAIN and not real and kwargs.get("device") is None:
+            with in_kernel_invocation_manager(self.fake):
+                found = function(*args, **kwargs)
+            return found if isinstance(found, FakeTensor) else FakeTensor(self.fake, found, CPU)
         if real:
             args, kwargs = tree_map(self._faked, (args, kwargs))
         with self.fake:
             return function(*args, **kwargs)
 
-    def _makes_hollow(self, function: Any, kwargs: Any) -> bool:
+    def _makes_hollow(self, function: Any, args: Any, kwargs: Any) -> bool:
         """Whether what an operation without tensors makes is to have no numbers."""
-        return bool(self.phase) and (self.phase in NO_INDICES or _makes_numbers(function, kwargs))
+        return bool(self.phase) and (self.phase in NO_INDICES or _makes_numbers(function, args, kwargs))
 
     def _faked(self, x: Any) -> Any:
         return self.fake.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
@@ -118,11 +141,13 @@ NO_INDICES = ("update", "host", "disk")
 """Phases in which nothing that is made says how large other things are."""
 
 
-def _makes_numbers(function: Any, kwargs: Any) -> bool:
+def _makes_numbers(function: Any, args: Any, kwargs: Any) -> bool:
     """Whether what an operation without tensors makes is of floating-point numbers."""
     dtype = kwargs.get("dtype")
     if dtype is not None:
         return cast(bool, dtype.is_floating_point)
+    if function is aten.full.default:
+        return isinstance(args[1], float)
     return function is not aten.arange.default and function not in (aten.arange.start, aten.arange.start_step)
 
 
@@ -186,3 +211,12 @@ RULES: dict[Any, Rule] = {
     aten.equal.default: _alike,
 }
 """Operations whose results decide how large other things are."""
+
+PLAIN = {
+    aten.detach.default, aten.view.default, aten.view.dtype, aten._unsafe_view.default, aten.t.default, aten.transpose.int,
+    aten.slice.Tensor, aten.unsqueeze.default, aten.expand.default, aten.select.int, aten.as_strided.default,
+    aten._to_copy.default, aten.copy_.default, aten.mm.default, aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor,
+    aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.mean.dim, aten.sum.dim_IntList, aten.silu.default,
+    aten.gather.default, aten.scatter_add.default, aten._log_softmax.default, aten._log_softmax_backward_data.default,
+}  # fmt: skip
+"""Operations of one result, whose own rules for tensors without numbers are asked directly: that costs a third."""

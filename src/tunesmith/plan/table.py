@@ -10,18 +10,10 @@ from rich.table import Table
 from tunesmith.config import RunConfig
 from tunesmith.display import header, short_bytes, short_number
 from tunesmith.errors import UserError
-from tunesmith.plan.mesh import Plan, plan
+from tunesmith.plan.ranks import Plan, plan
 
-HOW = {
-    "weights": "exact",
-    "gradients": "exact",
-    "optimizer state": "exact",
-    "activations": "traced: what the forward pass keeps",
-    "gathered weights": "estimated: what is in no block, and two blocks",
-    "gradients of gathered weights": "estimated: what is in no block, and one block",
-    "logits": "estimated: one chunk",
-}
-"""How the parts of a rank's memory are known."""
+HELD = ("weights", "adapter", "gradients", "optimizer state")
+"""What cpu_offload keeps in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +46,27 @@ def _facts(config: RunConfig, found: Plan) -> list[tuple[str, str]]:
     ranks = " × ".join(
         f"{name} {n}" for name, n in zip(("replicate", "shard", "context", "tensor"), found.shape, strict=True)
     )
+    of = "the largest of the data's" if found.is_read else "if every sample has data.max_tokens"
     return [
         ("ranks", ranks),
         ("method", f"{config.method.name}, {config.optimizer.name}, {found.precision}"),
         (
             "step of a rank",
-            f"{found.micro_batches} micro-batches of {found.rows} × {found.tokens} tokens, if every sample has data.max_tokens",
+            f"{found.micro_batches} micro-batches of {found.rows} × {found.tokens} tokens, {of}",
         ),
     ]
 
 
 def _memory(config: RunConfig, found: Plan) -> Table:
-    table = Table(title="memory of a rank", title_justify="left", box=None, pad_edge=False)
+    title = f"memory of a rank when it holds the most ({found.phase or 'between phases'})"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("", "bytes", ""):
         table.add_column(name, justify="right" if name else "left")
-    offloaded = ("weights", "gradients", "optimizer state") if getattr(config.engine, "cpu_offload", False) else ()
-    for name, size in found.memory.items():
-        table.add_row(name, short_bytes(size), HOW[name] + (", in the host's memory" if name in offloaded else ""))
-    total = sum(size for name, size in found.memory.items() if name not in offloaded)
-    table.add_row("together, at most", short_bytes(total), "")
+    offloaded = HELD if getattr(config.engine, "cpu_offload", False) else ()
+    kinds = found.peak.kinds
+    for name in sorted(kinds, key=lambda name: -kinds[name]):
+        table.add_row(name, short_bytes(kinds[name]), "in the host's memory" if name in offloaded else "")
+    table.add_row("together", short_bytes(sum(size for name, size in kinds.items() if name not in offloaded)), "")
     return table
 
 

@@ -100,10 +100,14 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor first: then what it makes of this comes by
+        self.seen(function, args, kwargs or {})
+        return function(*args, **(kwargs or {}))
+
+    def seen(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Count an operation if it sends something."""
         operation = OPERATIONS.get(function._schema.name) if isinstance(function, torch._ops.OpOverload) else None
         if operation is not None:
-            self._note(operation, function, args, kwargs or {})
-        return function(*args, **(kwargs or {}))
+            self._note(operation, function, args, kwargs)
 
     def _note(self, operation: Operation, function: Any, args: Any, kwargs: Any) -> None:
         names = [argument.name for argument in function._schema.arguments]
