@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/plan/speed.py [--models llama-8b llama-70b qwen3-30b-a3b] [--methods lora full chunk]
 
-Each in a process of its own. Memory is the process's at its peak, Python and torch included.
+Each in a process of its own. Seconds as they pass, and of a processor, which other
+work does not lengthen. Memory is the process's at its peak, Python and torch included.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from time import process_time
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -50,11 +52,13 @@ def one(model: str, method: str) -> None:
             "engine": {"name": "single", "device": "cpu", "activation_checkpointing": True},
         }  # fmt: skip
         data = open_data(config_from_dict(tree))
-        start = perf_counter()
+        start = perf_counter(), process_time()
         found = trace(data, precision, kind="cuda")
-        seconds = perf_counter() - start
+        seconds, busy = perf_counter() - start[0], process_time() - start[1]
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "memory": used, "peak": found.peak.bytes, "phase": found.phase}))
+    print(
+        json.dumps({"seconds": seconds, "busy": busy, "memory": used, "peak": found.peak.bytes, "phase": found.phase})
+    )
 
 
 def main() -> None:
@@ -70,11 +74,11 @@ def main() -> None:
     for model in args.models:
         for method in args.methods:
             found = in_own_process(__file__, "--one", model, method, quiet=True)
-            print(
-                f"{model:14} {method:6} {TOKENS} tokens: {found['seconds']:5.1f} s · {found['memory'] / 2**30:.2f} GiB · the "
-                f"run would hold {found['peak'] / 2**30:7.1f} GiB at most ({found['phase']})",
-                flush=True,
+            taken = (
+                f"{found['seconds']:5.1f} s, of a processor {found['busy']:5.1f} s · {found['memory'] / 2**30:.2f} GiB"
             )
+            peak = f"the run would hold {found['peak'] / 2**30:7.1f} GiB at most ({found['phase']})"
+            print(f"{model:14} {method:6} {TOKENS} tokens: {taken} · {peak}", flush=True)
 
 
 if __name__ == "__main__":

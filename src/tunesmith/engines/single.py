@@ -76,7 +76,8 @@ class SingleEngine:
         """Move to the device, learn the head's rule, and apply checkpointing and compilation, in this order."""
         self._move(model)
         model.eval()  # PEFT's new layers start in training mode: the probe compares two passes
-        with self._autocast(), torch.no_grad():
+        # under mixed precision it is asked in fp32: rounding to bf16 would hide the rule from weights held to fp32's tolerance
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"), torch.no_grad():
             self.head = self._head_of(model)
         self.checkpoint_blocks(model, self.config.activation_checkpointing)
         if self.config.compile:

@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 class Shelf:
     """Tensors by key and name, off the device. comes_ahead: what `fetch` asks for takes memory of the device from then on."""
 
-    def __init__(self, device: torch.device, on_disk: bool, eight_bit: bool, comes_ahead: bool) -> None:
+    def __init__(self, device: torch.device, on_disk: bool, eight_bit: bool, comes_ahead: bool = False) -> None:
         self.device, self.eight_bit, self.comes_ahead = device, eight_bit, comes_ahead
         self.file = TensorFile() if on_disk else None
         self.kept: dict[str, State] = {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from tunesmith.plan.engine import ForeseenEngine
 from tunesmith.plan.helpers import foreseen_helpers
 from tunesmith.plan.ledger import Ledger, Peak, Work
 from tunesmith.plan.shadow import Shadow
-from tunesmith.plan.worst import largest_first, worst_batch
+from tunesmith.plan.worst import largest_first, size, worst_batch
 from tunesmith.run_data import RunData
 from tunesmith.types import Batch
 
@@ -113,14 +114,19 @@ def first(run: Run, batch: Batch) -> Batch:
 
 
 def held_out_batch(run: Run) -> Batch | None:
-    """Of the held-out batches that with the longest sample, as many micro-batches as are traced of a step."""
+    """Of the held-out batches that with the largest micro-batch, and of it as many micro-batches as are traced of a step."""
     if not len(run.held_out):
         return None
     config = run.config
     batches = EvaluationBatches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack, run.share)
-    longest = int(run.held_out.lengths().sum(1).argmax())
-    batch: Batch = batches[longest // config.train.batch_size]
-    return first(run, batch)
+    each = run.held_out.lengths().sum(1)
+    starts = np.arange(0, len(each), config.train.batch_size)
+    candidates = {int(np.maximum.reduceat(each, starts).argmax()), int(np.add.reduceat(each, starts).argmax())}
+
+    def size_of(batch: Batch) -> tuple[int, int, int]:
+        return size(run.learner.engine.micro_batches(batch, run.learner.micro_batch_tokens))
+
+    return first(run, max((batches[number] for number in sorted(candidates)), key=size_of))
 
 
 def take_step(run: Run, batch: Batch, ledger: Ledger) -> None:
