@@ -112,6 +112,10 @@ def plan(
         typer.Option(help="cpu, cuda, a name such as rtx4090, or bytes such as 24GiB. Default: what is here."),
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of an hour of the device.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Look for what would fit in its place.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FITTED.yaml", help="With --fit: write the first that fits; must not exist.")
+    ] = None,
     world: Annotated[int | None, typer.Option(min=1, help="Plan one of so many ranks.")] = None,
     link: Annotated[float, typer.Option(min=1e-3, help="GB/s that a device sends to others of its node.")] = 450.0,
     network: Annotated[float, typer.Option(min=1e-3, help="GB/s that a device sends to other nodes.")] = 50.0,
@@ -123,17 +127,33 @@ def plan(
 
     from tunesmith.config_file import load_config
 
+    if write is not None and not fit:
+        raise UserError("--write: writes what --fit finds; give both")
+    if Path(target).suffix not in (".yaml", ".yml", ".json"):
+        from tunesmith.plan.devices import find_device
+        from tunesmith.plan.show_survey import print_survey
+
+        print_survey(target, overrides or (), find_device(device), Console())
+        return
     config = load_config(Path(target), overrides or ())
     if world is not None:
         from tunesmith.plan.table import Machine, print_plan
 
         print_plan(config, world, Machine(link, network, ranks_per_node, flops))
         return
-    from tunesmith.plan.devices import find_device
+    from tunesmith.plan.devices import find_device, within
+
+    found = find_device(device)
+    found = within(found, config.train.memory or found.memory)
+    if fit:
+        from tunesmith.plan.show_fit import print_fits
+
+        print_fits(config, found, Console(), write)
+        return
     from tunesmith.plan.forecast import foresee
     from tunesmith.plan.show import print_forecast
 
-    print_forecast(foresee(config, find_device(device)), Console(), price)
+    print_forecast(foresee(config, found), Console(), price)
 
 
 @app.command()

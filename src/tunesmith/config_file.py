@@ -38,9 +38,12 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _validate(tree, places, str(file))
 
 
-def config_from_dict(tree: dict[str, Any], name: str = "config") -> RunConfig:
-    """The same from Python; `name` stands for the file in error messages."""
-    config = _validate(tree, {}, name)
+def config_from_dict(tree: dict[str, Any], name: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
+    """The same from Python; `name` stands for the file in error messages. Overrides are laid into the tree."""
+    places: dict[Keys, str] = {}
+    for text in overrides:
+        _override(tree, places, text)
+    config = _validate(tree, places, name)
     if not config.output:
         raise UserError(f"{name}: output: missing; add it")
     return config

@@ -38,7 +38,7 @@ def short_bytes(number: float) -> str:
     """Bytes in binary units: 1536 → 1.5 KiB."""
     for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if number >= 2**power:
-            return f"{number / 2**power:.3g} {unit}"
+            return f"{number / 2**power:.{3 if number < 1000 * 2**power else 4}g} {unit}"
     return f"{number:.0f} B"
 
 

@@ -92,6 +92,7 @@ class Learner:
         metrics = quotients(self.engine.sums(sums))
         return metrics | objective.derived(metrics)
 
+    @torch.no_grad()
     def sums(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:
         """(sum, count) of the loss and of each metric over the batches."""
         self.model.eval()

@@ -18,7 +18,7 @@ def write_report(folder: RunFolder) -> None:
     if steps:
         _picture(steps, evals, folder.path / "loss.png", folder.read_manifest())
     foreseen = (folder.read_manifest().get("foreseen") or {}).get("peaks", {})
-    measured = next((event for event in reversed(events) if event["event"] == "memory"), {})
+    measured: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "memory"), {})
     phases = [name for name in foreseen if name in measured]
     if phases:
         _memory_picture(phases, foreseen, measured, folder.path / "memory.png")

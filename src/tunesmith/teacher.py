@@ -221,11 +221,11 @@ def load_teacher(config: RunConfig, learner: Learner) -> Teacher:
             "teacher whose output layer is linear"
         )
     sizes = (_rows(learner.model), _rows(model))
-    common = min(_count(ours.get_vocab()), *sizes)
+    common = min(num_tokens(ours.get_vocab()), *sizes)
     return Teacher(
         section.teacher, model, engine, learner.micro_batch_tokens,
-        vocabulary=min(_count(ours.get_vocab()), sizes[0]) if told_apart else common,
-        own_vocabulary=min(_count(theirs.get_vocab()), sizes[1]) if told_apart else common,
+        vocabulary=min(num_tokens(ours.get_vocab()), sizes[0]) if told_apart else common,
+        own_vocabulary=min(num_tokens(theirs.get_vocab()), sizes[1]) if told_apart else common,
         top_k=section.top_k,
         alignment=Alignment(ours, theirs) if told_apart else None,
         isolates=isolates,
@@ -274,7 +274,7 @@ def _facts(config: RunConfig, learner: Learner, vocabulary: Mapping[str, int]) -
         "precision": str(_dtype(learner)),
         "top_k": section.top_k,
         "tokens": tokens_hash(vocabulary),
-        "vocabulary": min(_count(vocabulary), _rows(learner.model), size),
+        "vocabulary": min(num_tokens(vocabulary), _rows(learner.model), size),
     }
 
 
@@ -317,7 +317,7 @@ def tokens_hash(vocabulary: Mapping[str, int]) -> str:
     return hashlib.blake2b(json.dumps(sorted(vocabulary.items())).encode(), digest_size=16).hexdigest()
 
 
-def _count(vocabulary: Mapping[str, int]) -> int:
+def num_tokens(vocabulary: Mapping[str, int]) -> int:
     """Logits that belong to a token."""
     return max(vocabulary.values()) + 1
 

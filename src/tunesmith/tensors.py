@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -28,6 +29,11 @@ def from_all(own: Any, ranks: dist.ProcessGroup | None = None) -> list[Any]:
 def local_part(x: Tensor) -> Tensor:
     """What this rank holds of a tensor; it shares its memory."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def is_hollow(x: Tensor) -> bool:
+    """Whether a tensor has no numbers: it has a shape alone, or is one of a run that is only foreseen."""
+    return x.is_meta or isinstance(local_part(x), FakeTensor)
 
 
 def mesh_of(x: Tensor) -> Any:

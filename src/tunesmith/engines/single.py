@@ -48,6 +48,11 @@ class SingleEngine:
         if self.device.type == "cpu":
             keep_freed_memory()
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether the device has memory of its own, and what waits in the host's takes nothing of it."""
+        return self.device.type != "cpu"
+
     @classmethod
     def check(cls, config: RunConfig) -> None:
         """Raises UserError for what this engine cannot run, before anything is loaded."""

@@ -19,7 +19,7 @@ from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
 from tunesmith.phases import phase
 from tunesmith.plan.activations import Activations
-from tunesmith.tensors import local_part, mesh_of, room_for
+from tunesmith.tensors import local_part, mapped, mesh_of, room_for
 from tunesmith.types import Batch, Memory, Scores, Wanted
 
 Metrics = dict[str, Tensor]
@@ -71,6 +71,9 @@ class EngineLike(Protocol):
 
     @property
     def group(self) -> GroupLike: ...
+
+    @property
+    def is_apart(self) -> bool: ...
 
     def micro_batches(self, batch: Batch, tokens: int) -> list[Batch]: ...
     def sum(self, x: Tensor) -> Tensor: ...
@@ -168,6 +171,21 @@ class Method:
         for p in self.active().values():
             p.grad = None
 
+    def unlike_steps(self) -> Iterator[None]:
+        """Stands before one after the other of those steps that differ in the memory they take, as they are when training has
+        gone on for a while. For a plan: what has been learnt is lost."""
+        self._learn_nothing()
+        yield
+
+    def _learn_nothing(self) -> None:
+        """An update by gradients of 0, from which on there is all the state that the optimizer will keep."""
+        for p in self.active().values():
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+        with phase("update"):
+            self.update(0.0)
+        for p in self.active().values():
+            p.grad = None
+
     def ready(self, several: bool) -> None:
         """Choose what trains at the next step, and how its gradients are kept. several: they are sums over micro-batches."""
 
@@ -246,6 +264,16 @@ class Method:
             gradients_bytes=sum(elements * size for elements, size in shapes.values()),
             optimizer_bytes=optimizer_bytes(self.optimizer_config, shapes),
         )
+
+    def states(self) -> list[Tensor]:
+        """What is held on the device beside what trains and its gradients."""
+        found: list[Tensor] = []
+        mapped(self.optimizer.state_dict(), lambda _, x: found.append(x))
+        return found
+
+    def waiting(self) -> list[Tensor]:
+        """What waits in the host's memory for its turn."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on with the same bits: trained parameters and optimizer state."""

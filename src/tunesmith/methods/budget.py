@@ -12,9 +12,9 @@ from tunesmith.methods.partition import Piece, Spans, bytes_of, cut, elements_of
 from tunesmith.models.load import blocks, is_multimodal
 from tunesmith.plan.activations import Activations
 
-MARGIN = {"cpu": 0.03}
-"""Share of the budget that is left to what cannot be counted, by kind of device: gaps of the C library's allocator, buffers of
-other libraries. An accelerator's own count of what torch allocates has neither."""
+MARGIN = {"cpu": 0.03, "accelerator": 0.005}
+"""Share of the budget that is left to what cannot be counted: gaps of the C library's allocator, buffers of other libraries. An
+accelerator's own count of what torch allocates has neither."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Budget:
                 "method.memory: what images, audio and video take is not foreseen; give method.chunk_bytes or num_chunks"
             )
         self.limit, self.extent, self.pieces, self.always = limit, extent, pieces, always
-        self.usable = limit * (1 - MARGIN.get(model.device.type, 0.005))
+        self.usable = limit * (1 - MARGIN["accelerator" if engine.is_apart else "cpu"])
         self.blocks = [name for name, _ in blocks(model)]
         self.order = [name for name, _ in model.named_parameters()]
         output = model.get_output_embeddings()

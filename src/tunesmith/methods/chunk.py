@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,12 @@ from tunesmith.methods.trainee import Trainee, num_rows
 from tunesmith.methods.turns import Turns
 from tunesmith.models.load import blocks, head_kind, is_multimodal, value_head
 from tunesmith.models.slices import host_modules
-from tunesmith.tensors import mesh_of, room_for
+from tunesmith.tensors import is_hollow, mesh_of, room_for
 from tunesmith.types import Batch, Memory
 
 DEFAULT_CHUNKS = 16
+FEW_CHUNKS = 8
+"""Up to so many are all looked at by a plan."""
 LONGEST_TURN, CYCLES, FEWEST_AFTER_RESET = 100, 8, 8
 """Where no updates_per_chunk is given: at most so many (BAdam's upper bound), and so few that there are some cycles, in which
 each chunk meets high and low learning rates; but a chunk that begins without moments needs some updates to gather them."""
@@ -59,10 +61,13 @@ class Chunk(Method):
                 raise UserError(
                     "method.weights: only a language model's blocks can be streamed: leave weights at resident"
                 )
-            self.stream = WeightStream([block for _, block in blocks(model)], on_disk=self._waits_on_disk())
+            if any(is_hollow(p) for p in model.parameters()):
+                raise UserError("method.weights: what a run takes whose blocks are streamed is not foreseen")
+            on_disk = self._waits_on_disk(torch.accelerator.is_available())
+            self.stream = WeightStream([block for _, block in blocks(model)], on_disk)
 
-    def _waits_on_disk(self) -> bool:
-        return self.config.offload == "disk" or (self.config.offload == "auto" and not torch.accelerator.is_available())
+    def _waits_on_disk(self, has_accelerator: bool) -> bool:
+        return self.config.offload == "disk" or (self.config.offload == "auto" and not has_accelerator)
 
     def bind(self, model: nn.Module, engine: EngineLike) -> None:
         self.engine, self.model = engine, model
@@ -81,7 +86,8 @@ class Chunk(Method):
         self.updates = 0
         self.seen: set[int] = set()
         device = next(iter(self.params.values())).device
-        self.shelf = Shelf(device, self._waits_on_disk(), self.config.state == "8bit")
+        on_disk = self._waits_on_disk(engine.is_apart)
+        self.shelf = Shelf(device, on_disk, self.config.state == "8bit", comes_ahead=engine.is_apart)
         self.trainees: list[Trainee] = []
         self._turn_to(self.turns.at(0))
 
@@ -151,6 +157,35 @@ class Chunk(Method):
         metrics["coverage"] = torch.tensor(self._elements(self.seen) / self._elements(range(len(self.chunks))))
         return metrics
 
+    def unlike_steps(self) -> Iterator[None]:
+        """Of few chunks all; of many the first, the last, the largest, and those with embeddings and head."""
+        cycle, last = self.turns.per_cycle * self.turns.updates_per_chunk, self.turns.updates_per_chunk - 1
+        by_chunks = {self.turns.at(update): update for update in range(last, cycle, last + 1)}
+        for update in by_chunks.values():
+            self.updates = update
+            self.ready(several=False)
+            self._learn_nothing()
+        for chunks in self._unlike(list(by_chunks)):
+            self.updates = by_chunks[chunks]
+            self.shelf.ahead.clear()  # another follows than was to
+            yield
+
+    def _unlike(self, turns: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        if len(turns) <= FEW_CHUNKS:
+            return turns
+        in_order = sorted(turns, key=min)
+        by_size = sorted(turns, key=lambda chunks: sum(bytes_of(self.chunks[n], self.pieces) for n in chunks))
+        outside = [
+            chunks
+            for chunks in turns
+            if any(
+                not span.name.startswith(tuple(f"{block}." for block in self.blocks))
+                for n in chunks
+                for span in self.chunks[n]
+            )
+        ]
+        return list(dict.fromkeys([in_order[0], in_order[-1], *by_size[-2:], *outside]))
+
     def ready(self, several: bool) -> None:
         self._turn_to(self.turns.at(self.updates))
         for trainee in self.trainees:
@@ -158,6 +193,13 @@ class Chunk(Method):
 
     def active(self) -> dict[str, nn.Parameter]:
         return {trainee.span.key: trainee.leaf for trainee in self.trainees}
+
+    def states(self) -> list[Tensor]:
+        present = [x for trainee in self.trainees for x in trainee.state().values()]
+        return present + [x for state, _ in self.shelf.ahead.values() for x in state.values()]
+
+    def waiting(self) -> list[Tensor]:
+        return self.shelf.in_memory()
 
     def update(self, lr: float) -> None:
         for trainee in self.trainees:

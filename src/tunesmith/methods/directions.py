@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tunesmith.methods.noise import Noise, key_of, noise, random_bits
 from tunesmith.methods.shelf import TensorFile
 from tunesmith.models.low_rank import LowRankColumns, is_transposed
+from tunesmith.tensors import is_hollow
 
 U, V, DENSE, DITHER = range(4)
 """What a key is for."""
@@ -55,6 +56,10 @@ class Directions(Protocol):
 
     def off(self) -> AbstractContextManager[None]:
         """Inside, the model is as its weights say."""
+        ...
+
+    def fill(self, steps: int) -> None:
+        """Before any step: hold as much as will be held at most in so many steps."""
         ...
 
     def state_bytes(self) -> int:
@@ -125,9 +130,13 @@ class LowRankDirections:
 
     def max_columns(self, steps: int) -> int:
         """Columns that are gathered at most in so many steps."""
-        if self.bank_rank is None:
-            return self.rank * -(-steps // self.refresh_every)
-        return max(self.rank, self.bank_rank)
+        gathered = self.rank * -(-steps // self.refresh_every)
+        return gathered if self.bank_rank is None else max(self.rank, min(gathered, self.bank_rank))
+
+    def fill(self, steps: int) -> None:
+        for block in range(self.columns.rank() // self.rank, -(-self.max_columns(steps) // self.rank)):
+            self._renew(block)
+        self.block = 0
 
     @torch.no_grad()
     def move(self, coefficients: Sequence[float]) -> None:
@@ -270,6 +279,9 @@ class DenseDirections:
             if held is not None:
                 p.sub_(held)
 
+    def fill(self, steps: int) -> None:
+        """Nothing gathers."""
+
     def weights(self) -> dict[str, nn.Parameter]:
         return self.parameters
 
@@ -294,7 +306,8 @@ def crc_of(tensors: Iterable[Tensor]) -> int:
     """CRC-32 of their bits, one after the other."""
     total = 0
     for x in tensors:
-        total = zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes(), total)
+        numbers = b"" if is_hollow(x) else x.detach().cpu().contiguous().numpy().tobytes()
+        total = zlib.crc32(numbers, total)
     return total
 
 

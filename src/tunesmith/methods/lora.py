@@ -15,6 +15,7 @@ from tunesmith.errors import UserError
 from tunesmith.methods.base import EngineLike, Method
 from tunesmith.models.families import family_of
 from tunesmith.models.load import HeadKind, decoder_name, head_kind, value_head_name
+from tunesmith.tensors import is_hollow
 
 TASKS: dict[HeadKind, str] = {"language": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
 """PEFT's names for what a model is for. Those of a value head make it train in full and be saved with the adapter."""
@@ -91,8 +92,10 @@ class Lora(Method):
     def _says_nothing(self) -> bool:
         """Whether B A = 0 in all adapters, up to rounding: then the model without them is the model at its start."""
         params = dict(self.peft_model.named_parameters())
+        if any(is_hollow(p) for p in params.values()):
+            return self.config.init != "pissa"  # alone it puts a part of the weights into the adapters
         for name, a in params.items():
-            if ("lora_A" in name or "lora_embedding_A" in name) and not a.is_meta:  # a plan has no numbers
+            if "lora_A" in name or "lora_embedding_A" in name:
                 b = params[name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")]
                 gram_a, gram_b = a.flatten(1).float(), b.flatten(1).float()
                 gram_a, gram_b = gram_a @ gram_a.T, gram_b.T @ gram_b

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import UserError
-from tunesmith.tensors import laid_out, layout_of, local_part
+from tunesmith.phases import phase
+from tunesmith.tensors import is_hollow, laid_out, layout_of, local_part
 
 BLOCK = 256
 """Numbers that share a scale in 8 bits."""
@@ -21,14 +22,14 @@ State = dict[str, Tensor]
 
 
 class Shelf:
-    """Tensors by key and name, off the device."""
+    """Tensors by key and name, off the device. comes_ahead: what `fetch` asks for takes memory of the device from then on."""
 
-    def __init__(self, device: torch.device, on_disk: bool, eight_bit: bool) -> None:
-        self.device, self.eight_bit = device, eight_bit
+    def __init__(self, device: torch.device, on_disk: bool, eight_bit: bool, comes_ahead: bool) -> None:
+        self.device, self.eight_bit, self.comes_ahead = device, eight_bit, comes_ahead
         self.file = TensorFile() if on_disk else None
         self.kept: dict[str, State] = {}
         self.layouts: dict[str, dict[str, Any]] = {}
-        self.ahead: dict[str, tuple[State, torch.cuda.Event]] = {}
+        self.ahead: dict[str, tuple[State, torch.cuda.Event | None]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.leaving: list[torch.cuda.Event] = []
 
@@ -40,7 +41,8 @@ class Shelf:
         if self.file is not None:
             self.kept[key] = {name: self.file.keep(f"{key} {name}", x) for name, x in packed.items()}
         elif self.stream is None:
-            self.kept[key] = {name: x.detach().clone() for name, x in packed.items()}
+            with phase("host"):
+                self.kept[key] = {name: x.detach().clone() for name, x in packed.items()}
         else:
             self._settle(keep=1)
             target = self.kept.get(key, {})
@@ -58,7 +60,10 @@ class Shelf:
 
     def fetch(self, key: str) -> None:
         """Begin to bring a state back, beside what the device is doing."""
-        if self.stream is None or key not in self.kept or key in self.ahead:
+        if not self.comes_ahead or key not in self.kept or key in self.ahead:
+            return
+        if self.stream is None:  # a plan
+            self.ahead[key] = {name: x.to(self.device, copy=True) for name, x in self.kept[key].items()}, None
             return
         with torch.cuda.stream(self.stream):  # behind the copies that leave: a state is whole before it comes back
             arriving = {name: x.to(self.device, non_blocking=True) for name, x in self.kept[key].items()}
@@ -70,16 +75,20 @@ class Shelf:
         """A state on the device; None if there is none under this key."""
         if key not in self.kept:
             return None
-        if self.stream is None:
+        self.fetch(key)
+        found, done = self.ahead.pop(key, ({}, None))
+        if not found:
             found = {name: x.to(self.device, copy=True) for name, x in self.kept[key].items()}
-        else:
-            self.fetch(key)
-            found, done = self.ahead.pop(key)
+        if done is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(done)
             for x in found.values():
                 x.record_stream(current)
         return self._laid_out(key, _unpacked(found) if self.eight_bit else found)
+
+    def in_memory(self) -> list[Tensor]:
+        """What of it waits in the host's memory."""
+        return [] if self.file is not None else [x for state in self.kept.values() for x in state.values()]
 
     def state_dict(self) -> dict[str, State]:
         """All that waits, as it is kept (8-bit states stay so)."""
@@ -123,6 +132,9 @@ class TensorFile:
         x = x.detach().cpu().contiguous()
         if x.numel() == 0 or x.ndim == 0:
             return x.clone()
+        if is_hollow(x):
+            with phase("disk"):
+                return x.clone()
         array = x.view(torch.uint8).numpy()
         if key not in self.places:
             self.places[key] = self.end

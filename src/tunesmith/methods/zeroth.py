@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.config_methods import LoraConfig
 from tunesmith.display import short_number
@@ -24,6 +24,7 @@ from tunesmith.methods.update_log import Update, UpdateLog, differing, parse_upd
 from tunesmith.models.families import family_of
 from tunesmith.models.load import blocks, head_kind, value_head, value_head_name
 from tunesmith.models.low_rank import Probe, linear_layers
+from tunesmith.phases import phase
 from tunesmith.types import Batch, Memory, Scores, Wanted
 
 CHECK_EVERY = 100
@@ -78,7 +79,7 @@ class Zeroth(Method):
                 bank = None
             self.directions = LowRankDirections(
                 layers, rank=self.config.rank, refresh_every=self.config.refresh_every, kind=self.config.noise, seed=seed,
-                momentum=decay, bank_rank=bank, on_disk=not torch.accelerator.is_available(),
+                momentum=decay, bank_rank=bank, on_disk=not engine.is_apart,
             )  # fmt: skip
         elif self.adapter is not None:
             self.adapter.bind(model, engine)
@@ -175,6 +176,17 @@ class Zeroth(Method):
             loss_fn(micro_batch, self.probes)
         self.model.train()
 
+    def unlike_steps(self) -> Iterator[None]:
+        self.directions.fill(self.extent.steps)
+        self.directions.begin(0, self.config.queries)
+        with phase("update"):
+            self.directions.move((0.0,) * self.config.queries)
+        yield
+
+    def states(self) -> list[Tensor]:
+        own = {id(p) for p in self.params.values()}
+        return [x for x in self.directions.state() if id(x) not in own]
+
     def score(self, batch: Batch, wanted: Wanted) -> Scores:
         if self.scorer.holds_weights:
             return self.scorer.score(batch, wanted, [Probe(0, 0.0)])[0]
@@ -238,7 +250,8 @@ class Zeroth(Method):
             self.log.append(update)
             if len(self.updates) % FLUSH_EVERY == 0:
                 self.log.flush()
-        self.directions.move(update.coefficients)
+        with phase("update"):
+            self.directions.move(update.coefficients)
         self.scorer.follow(update)
 
     def replay(self, updates: Sequence[Update]) -> None:

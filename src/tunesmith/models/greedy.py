@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from tunesmith.phases import phase
 from tunesmith.types import Batch, Generation
 
 
@@ -36,7 +37,7 @@ def greedy_answers(model: Any, batch: Batch, wanted: Generation) -> Tensor:
         max_new_tokens=wanted.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )  # fmt: skip
-    with _no_other_settings(model):
+    with _no_other_settings(model), phase("generation"):
         output_MS = model.generate(input_ids=tokens_MT, attention_mask=mask_MT, generation_config=settings)
     new_MG = output_MS[:, width:]
     has_ended_MG = torch.isin(new_MG, torch.tensor(ends, device=new_MG.device, dtype=new_MG.dtype)).cumsum(1) > 0

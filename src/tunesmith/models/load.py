@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -165,7 +166,8 @@ def shape_of_model(
         with torch.device("meta"):
             model = kind.from_config(architecture, dtype=dtype, trust_remote_code=config.trust_remote_code, **attention)
     except Exception as error:  # each architecture raises types of its own
-        raise UserError(f"{config.path}: the model cannot be built without its weights: {error}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{config.path}: the model cannot be built of its config.json alone: {reason}") from error
     return model.eval()
 
 
@@ -286,10 +288,30 @@ def value_head_name(model: Any) -> str:
 
 
 def _loading_failed(what: str, config: ModelConfig, error: Exception) -> str:
+    if isinstance(error, ValueError) and (files := _own_code(config)):
+        return (
+            f"{config.path}: transformers does not know this architecture, whose code comes with the checkpoint "
+            f"({', '.join(files)}): read it, and set model.trust_remote_code to true; it then runs here with your rights"
+        )
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if Path(config.path).expanduser().is_dir() or config.path == "demo":
         return f"{config.path}: the {what} cannot be loaded: {reason}"
     return f"{config.path}: neither a local folder nor a {what} that the hub gives: {reason}"
+
+
+def _own_code(config: ModelConfig) -> list[str]:
+    """Files of a checkpoint in a folder that make its model, where transformers cannot and they have not been allowed."""
+    from transformers import CONFIG_MAPPING
+
+    file = Path(config.path).expanduser() / "config.json"
+    if config.trust_remote_code or not file.is_file():
+        return []
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("model_type") in CONFIG_MAPPING:
+        return []
+    return sorted(
+        {f"{name.split('--')[-1].split('.')[0]}.py" for name in settings.get("auto_map", {}).values() if name}
+    )
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:

@@ -156,7 +156,7 @@ def _by_kind(media: Sequence[Content], processor: Processor) -> dict[str, Any]:
 
 def load_processor(config: ModelConfig) -> Processor | None:
     """The processor of a multimodal checkpoint; None for a model of text, or one that comes without. Raises UserError."""
-    source = model_source(config)
+    source = model_source(config, has_weights=False)
     architecture = load_config(config)
     if not is_multimodal(architecture) or not any(_file(source, name, config.revision) for name in FILES[:2]):
         return None

@@ -6,7 +6,6 @@ still and with its weights training, and what it keeps and needs is counted. So 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tunesmith.models.head import Head, Targets, score_targets
 from tunesmith.models.load import blocks, decoder_of
+from tunesmith.plan.ledger import Ledger, place_of
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def measure(model: Any, head: Head, rows: int, tokens: int) -> Activations:
 
 def _measure_block(block: nn.Module, args: Any, kwargs: Any) -> BlockBytes:
     entering = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point())
-    given = {_place(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-    own = {_place(p) for p in (*block.parameters(), *block.buffers())}
+    given = {place_of(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    own = {place_of(p) for p in (*block.parameters(), *block.buffers())}
     kept, working = [], 0
     for trains in (False, True):
         block.requires_grad_(trains)
@@ -112,8 +111,8 @@ def _measure_block(block: nn.Module, args: Any, kwargs: Any) -> BlockBytes:
         saved: dict[int, int] = {}
 
         def note(x: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            if _place(x) not in own | given:
-                saved[_place(x)] = x.untyped_storage().nbytes()
+            if place_of(x) not in own | given:
+                saved[place_of(x)] = x.untyped_storage().nbytes()
             return x
 
         with torch.enable_grad(), counting(entering.device) as count:
@@ -145,40 +144,22 @@ def _measure_head(hidden: Tensor, head: Head, tokens: Tensor) -> int:
 
 
 class _Count:
-    """Bytes allocated on a device."""
+    """Bytes held on a device: by the ledger, wherever torch keeps no such count itself."""
 
-    start = now = peak = 0
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.start = 0
+
+    @property
+    def peak(self) -> int:
+        return self.ledger.peaks[self.ledger.phase].bytes
 
     def restart(self) -> None:
-        self.start = self.peak = self.now
+        self.start = self.ledger.total
+        self.ledger.restart()
 
 
-class _Storages(TorchDispatchMode):
-    """Counts storages that live, wherever torch keeps no such count itself."""
-
-    def __init__(self, count: _Count) -> None:
-        super().__init__()
-        self.count = count
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given = {_place(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and (place := _place(x)) not in self.known | given:
-                storage = x.untyped_storage()
-                self.known.add(place)
-                self.count.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, place, storage.nbytes())
-        self.count.peak = max(self.count.peak, self.count.now)
-        return result
-
-    def _gone(self, place: int, size: int) -> None:
-        self.known.discard(place)
-        self.count.now -= size
-
-
-class _Allocator(_Count):
+class _Allocator:
     """The same from CUDA's allocator."""
 
     def __init__(self, device: torch.device) -> None:
@@ -190,23 +171,19 @@ class _Allocator(_Count):
         self.start = torch.cuda.memory_allocated(self.device)
 
     @property
-    def peak(self) -> int:  # type: ignore[override]
+    def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)
 
 
 @contextmanager
-def counting(device: torch.device) -> Iterator[_Count]:
+def counting(device: torch.device) -> Iterator[_Count | _Allocator]:
     """Count what is allocated inside."""
     if device.type == "cuda":
         yield _Allocator(device)
         return
-    count = _Count()
-    with _Storages(count):
-        yield count
-
-
-def _place(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    ledger = Ledger()
+    with ledger:
+        yield _Count(ledger)
 
 
 def _bytes(x: Tensor) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tunesmith.config import ModelConfig
-from tunesmith.engines.single import SingleEngine
+from tunesmith.engines.single import SingleEngine, own_memory
 from tunesmith.models.head import Head
 from tunesmith.models.load import HeadKind, know_padding, shape_of_model
 from tunesmith.models.probe import find_head
 from tunesmith.models.sibling import sibling
+from tunesmith.plan.ledger import place_of
 from tunesmith.plan.shadow import Shadow
 
 
@@ -25,6 +26,14 @@ class Foreseen(SingleEngine):
 
     shadow: Shadow
     stack: ExitStack
+    _is_apart = False
+
+    @property
+    def is_apart(self) -> bool:
+        return self._is_apart
+
+    def adapting(self, model: Any) -> AbstractContextManager[Any]:
+        return torch.device("meta")
 
     def load(
         self, config: ModelConfig, dtype: torch.dtype, head: HeadKind = "language", num_labels: int = 0,
@@ -41,26 +50,37 @@ class Foreseen(SingleEngine):
         with self.shadow.off():
             model = super().place(model)
         self.shadow.hollow_out(model)
+        self.placed = model
         if not self.shadow.is_on:
             self.stack.enter_context(self.shadow)
         return model
 
     def _head_of(self, model: Any) -> Head:
-        small = find_head(self.small)
+        with torch.autocast("cpu", enabled=False):
+            small = find_head(self.small)
         return small if small.linear is None else replace(small, linear=model.get_output_embeddings())
 
     def _move(self, model: Any) -> None:
         """Nothing is there to move."""
 
+    def economize(self) -> None:
+        """Nothing is held."""
+
+    def held_bytes(self) -> int:
+        sizes = {place_of(x): x.untyped_storage().nbytes() for x in (*self.placed.parameters(), *self.placed.buffers())}
+        return sum(sizes.values()) + (0 if self.is_apart else own_memory())
+
 
 class ForeseenEngine(Foreseen):
     """One device."""
 
-    def __init__(self, config: Any, precision: str, shadow: Shadow, stack: ExitStack) -> None:
+    def __init__(self, config: Any, precision: str, shadow: Shadow, stack: ExitStack, is_apart: bool = False) -> None:
+        """is_apart: of the device that is foreseen."""
         super().__init__(config.model_copy(update={"device": "cpu", "compile": False}), precision)
-        self.shadow, self.stack = shadow, stack
+        self.shadow, self.stack, self._is_apart = shadow, stack, is_apart
 
     def another(self) -> ForeseenEngine:
         return ForeseenEngine(
-            self.config.model_copy(update={"activation_checkpointing": False}), self.precision, self.shadow, self.stack
-        )
+            self.config.model_copy(update={"activation_checkpointing": False}), self.precision, self.shadow, self.stack,
+            self.is_apart,
+        )  # fmt: skip

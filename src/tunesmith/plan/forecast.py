@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tunesmith.config import RunConfig
@@ -11,7 +11,8 @@ from tunesmith.data.dataset import Dataset
 from tunesmith.engines import with_engine
 from tunesmith.methods import METHODS
 from tunesmith.plan.devices import Device
-from tunesmith.plan.trace import Traced, trace
+from tunesmith.plan.kept import traced
+from tunesmith.plan.trace import Traced
 from tunesmith.run_data import RunData, open_data
 
 GAPS = {"cuda": 0.05, "cpu": 0.05}
@@ -95,15 +96,23 @@ ORDER = (
 def foresee(config: RunConfig, device: Device, data: RunData | None = None) -> Forecast:
     """Plan a run on one device. data: what it trains on, if that has been read. Raises UserError."""
     data = data or open_data(with_engine(config))
-    config = data.config
-    precision = foreseen_precision(config, device)
-    traced = trace(data, precision)
+    config = settled(data.config, device)
+    data, precision = replace(data, config=config), config.model.precision
     samples = config.train.batch_size
     if isinstance(data.batches, Dataset):
         tokens = data.batches.epoch_tokens / data.batches.epoch_samples * samples
     else:
         tokens = float(data.samples.lengths().sum(1).mean()) * samples
-    return Forecast(config, device, precision, traced, data.steps, samples, tokens)
+    return Forecast(config, device, precision, traced(data, precision, device.kind), data.steps, samples, tokens)
+
+
+def settled(config: RunConfig, device: Device) -> RunConfig:
+    """The configuration with what is found out when a run begins there: its precision, and whether sequences share rows."""
+    precision = {"precision": foreseen_precision(config, device)}
+    pack = {} if config.data.pack is not None or device.kind == "cpu" else {"pack": True}
+    return config.model_copy(
+        update={"model": config.model.model_copy(update=precision), "data": config.data.model_copy(update=pack)}
+    )
 
 
 def foreseen_precision(config: RunConfig, device: Device) -> str:

@@ -12,8 +12,9 @@ from torch import Tensor
 from tunesmith.config import RunConfig
 from tunesmith.helpers import StoredReference, Watch, build_helpers
 from tunesmith.learner import Learner
+from tunesmith.models.load import load_tokenizer
 from tunesmith.objectives import Objective
-from tunesmith.teacher import StoredTeacher
+from tunesmith.teacher import StoredTeacher, num_tokens
 from tunesmith.types import Batch
 
 
@@ -41,8 +42,9 @@ def foreseen_helpers(
     if "reference" in objective.needs and section.reference != "live":
         stored["reference"] = StoredReference(HollowStore({"logprobs": ((), torch.float32)}), "")  # type: ignore[arg-type]
     if "teacher" in objective.needs and section.scores != "live":
-        size = section.top_k
+        rows = learner.model.get_input_embeddings().weight.shape[0]
+        vocabulary = min(num_tokens(load_tokenizer(config.model).get_vocab()), rows)
+        size = min(section.top_k, vocabulary)
         kept = {"teacher_tokens": ((size,), torch.int32), "teacher_logprobs": ((size + 1,), torch.float32)}
-        vocabulary = learner.model.get_input_embeddings().weight.shape[0]
         stored["teacher"] = StoredTeacher(HollowStore(kept), vocabulary)  # type: ignore[arg-type]
     return stored | build_helpers(config, objective, learner, batches, fingerprint, watch, skip=stored.keys())

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_leaves
 
 from tunesmith.plan.flops import OF_OPERATION
-from tunesmith.tensors import local_part
 
 WHOLE = ("evaluation", "reference", "generation")
 """Phases whose parts are not told apart."""
@@ -31,16 +32,16 @@ KINDS = {
     "reference": "evaluation",
     "generation": "generation",
     "host": "on the host",
+    "disk": "on disk",
 }
 """What is made in a phase, unless it is named otherwise."""
+
+ASIDE = ("host", "disk")
+"""What is done within other phases, whose peaks these are."""
 
 
 DEVICE = torch.ops.prim.device.default
 """What asking for a tensor's device calls, of those that are a class of their own."""
-
-
-WRAPPERS = (DTensor, AsyncCollectiveTensor)
-"""Tensors of several ranks, which hold others and do with these what is asked of them."""
 
 
 def tensors_in(args: Iterable[Any], kwargs: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Tensor]:
@@ -60,15 +61,30 @@ class Peak(NamedTuple):
     """Of it, by what it is for."""
 
 
+class Work(NamedTuple):
+    """What was computed."""
+
+    flops: int
+    """Of matrix products, attention and convolutions."""
+    moved: int
+    """Bytes that other operations read and write."""
+    operations: int
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(*(a - b for a, b in zip(self, other, strict=True)))
+
+
 class Ledger(TorchDispatchMode):
     """Counts storages while they live, whose operations it sees; what kernels take inside themselves is not among them.
 
-    `kind` names what is made now. What was there before is counted when it is named (`name`).
+    `kind` names what is made now. What was there before is counted when it is named (`name`). elsewhere: kinds that are not
+    in the memory that is counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: Iterable[str] = ("on disk",)) -> None:
         super().__init__()
         self.kind = "other"
+        self.elsewhere = frozenset(elsewhere)
         self.held: Counter[str] = Counter()
         """Bytes now, by kind."""
         self.kinds: dict[int, tuple[str, int]] = {}
@@ -82,12 +98,18 @@ class Ledger(TorchDispatchMode):
         self.moved = 0
         """Bytes that other operations read and write."""
         self.operations = 0
+        self._note_peak()
+
+    @property
+    def work(self) -> Work:
+        """So far."""
+        return Work(self.flops, self.moved, self.operations)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Inside, peaks are of this phase, and what is made is of its kind. Within an evaluation they stay the evaluation's."""
         before = self.phase, self.kind
-        self.phase = before[0] if before[0] in WHOLE else phase
+        self.phase = before[0] if before[0] in WHOLE or phase in ASIDE else phase
         self.kind = KINDS.get(phase, self.kind)
         self._note_peak()
         try:
@@ -99,10 +121,13 @@ class Ledger(TorchDispatchMode):
         """Say what tensors are for, whenever they were made."""
         for x in tree_leaves(list(tensors)):
             if isinstance(x, Tensor):
-                self._count(x, kind, again=True)
+                for part in parts_of(x):
+                    self._count(part, kind, again=True)
         self._note_peak()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # what it does with the tensors within comes by
         result = function(*args, **(kwargs or {}))
         if function is not DEVICE:
             self.seen(function, args, kwargs or {}, result)
@@ -127,7 +152,7 @@ class Ledger(TorchDispatchMode):
             self.moved += sum(x.numel() * x.element_size() for x in tensors_in((*args, result), kwargs))
 
     def _count(self, x: Tensor, kind: str, again: bool = False) -> None:
-        storage = local_part(x.detach() if x.requires_grad else x).untyped_storage()
+        storage = x.untyped_storage()
         place = storage._cdata
         if place in self.kinds:
             before, size = self.kinds[place]
@@ -136,7 +161,7 @@ class Ledger(TorchDispatchMode):
                 self.held[kind] += size
                 self.kinds[place] = kind, size
             return
-        size = storage.nbytes()
+        size = 0 if kind in self.elsewhere else storage.nbytes()
         self.kinds[place] = kind, size
         self.held[kind] += size
         self.total += size
@@ -148,19 +173,27 @@ class Ledger(TorchDispatchMode):
         self.held[kind] -= size
         self.total -= size
 
+    def restart(self) -> None:
+        """Forget the peaks so far."""
+        self.peaks.clear()
+        self._note_peak()
+
     def _note_peak(self) -> None:
         before = self.peaks.get(self.phase)
         if before is None or self.total >= before.bytes:
             self.peaks[self.phase] = Peak(self.total, +self.held)
 
-    def add(self, kind: str, size: int, phases: Iterable[str]) -> None:
-        """What was not there yet in these phases, but will be the next time."""
-        for name in phases:
-            if name in self.peaks:
-                peak = self.peaks[name]
-                self.peaks[name] = Peak(peak.bytes + size, +(Counter(peak.kinds) + Counter({kind: size})))
-
 
 def place_of(x: Tensor) -> int:
     """What tells a storage from all that live beside it."""
-    return int(local_part(x).untyped_storage()._cdata)
+    return int(x.untyped_storage()._cdata)
+
+
+def parts_of(x: Tensor) -> Iterator[Tensor]:
+    """The tensors of which one consists, such as codes and scales, or a rank's part."""
+    x = x.detach()
+    if is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            yield from parts_of(getattr(x, name))
+    else:
+        yield x

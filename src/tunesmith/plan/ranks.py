@@ -141,12 +141,14 @@ def _plan(run: Run, engine: ForeseenRank, batch: Batch, held_out: Batch | None, 
     if number > 1 and has_whole_gradients(learner):  # then one of them tells what the others take
         batch = batch.rows(0, len(learner.method.micro_batches(batch, learner.micro_batch_tokens)[0].tokens_BT))
         of_parts.begin = lambda: begin_with_gradients(learner, ledger)
+    steps = learner.method.unlike_steps()
+    next(steps)  # what comes before is no part of a step
     with recorded(run, ledger):
-        before = ledger.held["optimizer state"]
         with engine.shadow.watched(of_parts.seen), watching(of_parts.watch):
             take_step(run, batch, ledger)
-        ledger.add("optimizer state", ledger.held["optimizer state"] - before, ("forward", "logits", "backward"))
         held = held_by(learner.model, learner.method)
+        for _ in steps:
+            take_step(run, batch, ledger)
         if held_out is not None:
             learner.sums(run.objective, [held_out], run.helpers)
     largest = largest_first(learner.method.micro_batches(batch, learner.micro_batch_tokens))[0]

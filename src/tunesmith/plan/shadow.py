@@ -1,6 +1,6 @@
 """Tensors without numbers: a step runs as it would, and takes neither memory nor arithmetic.
 
-Floating-point tensors are torch's fake ones: they have shape, type and storage size. What says which tokens, positions and
+What is computed are torch's fake tensors: they have shape, type and storage size. What says which tokens, positions and
 sequences there are stays real, since the step asks it how large things are; and a mixture of experts sends its tokens to all
 experts alike.
 """
@@ -8,16 +8,21 @@ experts alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_map
 
-from tunesmith.plan.ledger import DEVICE, WRAPPERS, tensors_in
+from tunesmith.phases import watching
+from tunesmith.plan.ledger import DEVICE, tensors_in
 from tunesmith.tensors import laid_out, layout_of, local_part
 
 aten = torch.ops.aten
@@ -28,22 +33,38 @@ Rule = Callable[..., Any]
 
 
 class Shadow(TorchDispatchMode):
-    """Inside, whatever comes of a hollow tensor is hollow, and so is what is made anew of floating-point numbers."""
+    """Inside, whatever comes of a hollow tensor is hollow, and so is what the model makes anew of floating-point numbers.
+
+    In an update all that is made is hollow; beside a run's phases, where batches are made, nothing is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.is_on = False
+        self.phase = ""
+        self.watch = ExitStack()
         self.watchers: list[Callable[[Any, Any, Any, Any], None]] = []
 
     def __enter__(self) -> Self:
         self.is_on = True
+        self.watch.enter_context(watching(self.during))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.is_on = False
+        self.watch.close()
         super().__exit__(*error)
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Inside, the run is in this phase."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
 
     @contextmanager
     def watched(self, watcher: Callable[[Any, Any, Any, Any], None]) -> Iterator[None]:
@@ -85,8 +106,8 @@ class Shadow(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is DEVICE:
             return CPU
-        if any(issubclass(kind, WRAPPERS) for kind in types):
-            return NotImplemented  # what they make of it comes by
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # what it does with the tensors within comes by
         result = self._result(function, args, kwargs or {})
         for watcher in self.watchers:
             watcher(function, args, kwargs or {}, result)
@@ -95,7 +116,7 @@ class Shadow(TorchDispatchMode):
     def _result(self, function: Any, args: Any, kwargs: Any) -> Any:
         tensors = list(tensors_in(args, kwargs))
         real = [x for x in tensors if not isinstance(x, FakeTensor)]
-        if len(real) == len(tensors) and (tensors or not _makes_numbers(function, args, kwargs)):
+        if len(real) == len(tensors) and (tensors or not self._makes_hollow(function, args, kwargs)):
             return function(*args, **kwargs)
         if rule := RULES.get(function):
             return rule(self, function, *args, **kwargs)
@@ -108,8 +129,16 @@ class Shadow(TorchDispatchMode):
         with self.fake:
             return function(*args, **kwargs)
 
+    def _makes_hollow(self, function: Any, args: Any, kwargs: Any) -> bool:
+        """Whether what an operation without tensors makes is to have no numbers."""
+        return bool(self.phase) and (self.phase in NO_INDICES or _makes_numbers(function, args, kwargs))
+
     def _faked(self, x: Any) -> Any:
         return self.fake.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
+
+
+NO_INDICES = ("update", "host", "disk")
+"""Phases in which nothing that is made says how large other things are."""
 
 
 def _makes_numbers(function: Any, args: Any, kwargs: Any) -> bool:
@@ -158,7 +187,21 @@ def _first(shadow: Shadow, function: Any, x: Tensor, dim: int | None = None, kee
     return torch.zeros(shape, dtype=torch.long)
 
 
+def _places(shadow: Shadow, function: Any, x: Tensor, indices: Any, *more: Any, **named: Any) -> Any:
+    """A mask's numbers say how many there are."""
+    found: list[Any] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype in (torch.bool, torch.uint8) and not isinstance(index, FakeTensor)
+        found += index.nonzero(as_tuple=True) if is_mask else [index]
+    args, kwargs = tree_map(shadow._faked, ((x, found, *more), named))
+    with shadow.fake:
+        return function(*args, **kwargs)
+
+
 RULES: dict[Any, Rule] = {
+    aten.index.Tensor: _places,
+    aten.index_put.default: _places,
+    aten.index_put_.default: _places,
     aten._local_scalar_dense.default: _a_number,
     aten.topk.default: _top,
     aten.argmax.default: _first,

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
-from tunesmith.plan.ledger import WRAPPERS, Ledger
+from tunesmith.plan.ledger import Ledger
 from tunesmith.plan.shadow import Shadow
 
 GATHERED, OF_GATHERED = "gathered weights", "gradients of gathered weights"
@@ -46,11 +46,6 @@ class RankLedger(Ledger):
         if self.shadow is None:
             super().__exit__(*error)
         self.open.close()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, WRAPPERS) for kind in types):
-            return NotImplemented  # what they make of it comes by
-        return super().__torch_dispatch__(function, types, args, kwargs)
 
     def seen(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         if self.pause.depth:

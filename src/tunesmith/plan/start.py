@@ -68,7 +68,7 @@ def remedies(forecast: Forecast, data: RunData) -> str:
     from tunesmith.plan.fit import nearest
 
     found = nearest(forecast, data)
-    lines = [f"  {' '.join(fit.overrides)}   {fit.what}: {short_bytes(fit.forecast.needed)}" for fit in found]
+    lines = [f"  {' '.join(fit.overrides)}   {fit.what}: {short_bytes(fit.needed)}" for fit in found]
     return "\n".join(["what would fit:", *lines] if lines else ["nothing that is known would make it fit"])
 
 

@@ -6,10 +6,12 @@ The step is the run's own: its model, objective, method and data, by the same co
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tunesmith.assemble import Run, assemble
@@ -19,11 +21,10 @@ from tunesmith.learner import Learner
 from tunesmith.phases import watching
 from tunesmith.plan.engine import ForeseenEngine
 from tunesmith.plan.helpers import foreseen_helpers
-from tunesmith.plan.ledger import Ledger, Peak
+from tunesmith.plan.ledger import Ledger, Peak, Work
 from tunesmith.plan.shadow import Shadow
 from tunesmith.plan.worst import largest_first, worst_batch
 from tunesmith.run_data import RunData
-from tunesmith.tensors import mapped
 from tunesmith.types import Batch
 
 TRACED = 2
@@ -41,7 +42,8 @@ class Traced:
     width: int
     """Tokens of its longest row."""
     flops: int
-    """Of what was traced: a micro-batch or two, and an update. Matrix products, attention and convolutions."""
+    """Of what was traced: a micro-batch or two, and an update. Matrix products, attention and convolutions. On average where
+    steps differ."""
     moved: int
     """Bytes that its other operations read and write."""
     operations: int
@@ -60,12 +62,14 @@ class Traced:
         return self.peaks[self.phase]
 
 
-def trace(data: RunData, precision: str, whole_step: bool = False) -> Traced:
-    """Foresee a run on one device. whole_step: all micro-batches of the step, and not only the first. Raises UserError."""
+def trace(data: RunData, precision: str, whole_step: bool = False, kind: str | None = None) -> Traced:
+    """Foresee a run on one device. whole_step: all micro-batches of the step, and not only the first. kind: of the device, cuda
+    or cpu, if another is meant than the run's. Raises UserError."""
     config = data.config
     shadow = Shadow()
+    is_apart = (kind or _kind(config.engine.device)) != "cpu"
     with ExitStack() as stack:
-        engine = ForeseenEngine(config.engine, precision, shadow, stack)
+        engine = ForeseenEngine(config.engine, precision, shadow, stack, is_apart)
         try:
             run = assemble(data, engine, lambda what, number: None, foreseen_helpers)
             with shadow.off():
@@ -79,14 +83,20 @@ def trace(data: RunData, precision: str, whole_step: bool = False) -> Traced:
 
 
 def _trace(run: Run, shadow: Shadow, batch: Batch, held_out: Batch | None) -> Traced:
-    ledger, learner = Ledger(), run.learner
+    learner = run.learner
+    ledger = Ledger(("on disk", "on the host") if learner.engine.is_apart else ("on disk",))
+    work: list[Work] = []
+    steps = learner.method.unlike_steps()
+    with torch.compiler.set_stance("force_eager"):
+        next(steps)  # what comes before is no part of a step
     with recorded(run, ledger):
-        before = ledger.held["optimizer state"]
-        take_step(run, batch, ledger)
-        flops, moved, operations = ledger.flops, ledger.moved, ledger.operations
-        ledger.add("optimizer state", ledger.held["optimizer state"] - before, ("forward", "logits", "backward"))
-        if held_out is not None:
-            learner.sums(run.objective, [held_out], run.helpers)
+        for _ in chain([None], steps):
+            before = ledger.work
+            take_step(run, batch, ledger)
+            work.append(ledger.work - before)
+            if held_out is not None:
+                learner.sums(run.objective, [held_out], run.helpers)
+    flops, moved, operations = (sum(each) // len(work) for each in zip(*work, strict=True))
     pieces = learner.method.micro_batches(batch, learner.micro_batch_tokens)
     largest = largest_first(pieces)[0]
     shapes = [p.numel() for p in learner.model.parameters()]
@@ -103,15 +113,14 @@ def first(run: Run, batch: Batch) -> Batch:
 
 
 def held_out_batch(run: Run) -> Batch | None:
-    """Of the held-out batches the first micro-batch of that with the longest sample."""
+    """Of the held-out batches that with the longest sample, as many micro-batches as are traced of a step."""
     if not len(run.held_out):
         return None
     config = run.config
     batches = EvaluationBatches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack, run.share)
     longest = int(run.held_out.lengths().sum(1).argmax())
     batch: Batch = batches[longest // config.train.batch_size]
-    pieces = run.learner.engine.micro_batches(batch, run.learner.micro_batch_tokens)
-    return batch.rows(0, len(pieces[0].tokens_BT))
+    return first(run, batch)
 
 
 def take_step(run: Run, batch: Batch, ledger: Ledger) -> None:
@@ -123,14 +132,22 @@ def take_step(run: Run, batch: Batch, ledger: Ledger) -> None:
 
 @contextmanager
 def recorded(run: Run, ledger: Ledger) -> Iterator[None]:
-    """Inside, what the run holds is in the ledger: weights, gradients and optimizer state by name, the rest by phase."""
+    """Inside, what the run holds is in the ledger: weights, gradients and optimizer state by name, the rest by phase.
+
+    What is compiled runs uncompiled: a mode that sees operations does not go with it.
+    """
     _name_held(run.learner, ledger, run.helpers)
-    handles = [
-        p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients"))
-        for p in run.learner.model.parameters()
-        if p.requires_grad
-    ]
-    with ledger, watching(ledger.during):
+    handles = []
+
+    def hear(phase: str) -> AbstractContextManager[None]:
+        if phase == "forward":  # what trains may be another with every step
+            ledger.name(states(run.learner), "optimizer state")
+            for p in run.learner.method.active().values():
+                if not p._post_accumulate_grad_hooks:
+                    handles.append(p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients")))
+        return ledger.during(phase)
+
+    with torch.compiler.set_stance("force_eager"), ledger, watching(hear):
         yield
     for handle in handles:
         handle.remove()
@@ -142,6 +159,7 @@ def _name_held(learner: Learner, ledger: Ledger, helpers: Mapping[str, Any]) -> 
         ledger.name([p.detach()], "adapter" if "lora_" in name else "weights")
     ledger.name(learner.model.buffers(), "weights")
     ledger.name(states(learner), "optimizer state")
+    ledger.name(learner.method.waiting(), "on the host")
     for helper in helpers.values():
         if (model := getattr(helper, "model", None)) is not None:
             ledger.name([*model.parameters(), *model.buffers()], "reference and teacher")
@@ -151,7 +169,11 @@ def _name_held(learner: Learner, ledger: Ledger, helpers: Mapping[str, Any]) -> 
 
 def states(learner: Learner) -> list[Tensor]:
     """What the method keeps beside what it trains."""
-    found: list[Tensor] = []
-    state = {name: value for name, value in learner.method.state_dict().items() if name != "parameters"}
-    mapped(state, lambda _, x: found.append(x))
-    return found
+    return learner.method.states()
+
+
+def _kind(device: str) -> str:
+    """Of a run's device."""
+    if device == "auto":
+        return (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    return torch.device(device).type

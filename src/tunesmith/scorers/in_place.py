@@ -8,6 +8,7 @@ import torch
 
 from tunesmith.errors import UserError
 from tunesmith.models.low_rank import Probe
+from tunesmith.phases import phase
 from tunesmith.scorers.base import Scorer
 from tunesmith.types import Batch, Scores, Wanted
 
@@ -34,12 +35,13 @@ class InPlaceScorer(Scorer):
         found = []
         try:
             for probe in probes:
-                for name, p in weights.items():
-                    if probe.coefficient:
-                        direction = self.directions.direction(name, probe.query).to(p.dtype)
-                        torch.add(before[name], direction, alpha=probe.coefficient, out=p)
-                    else:
-                        p.copy_(before[name])
+                with phase("update"):
+                    for name, p in weights.items():
+                        if probe.coefficient:
+                            direction = self.directions.direction(name, probe.query).to(p.dtype)
+                            torch.add(before[name], direction, alpha=probe.coefficient, out=p)
+                        else:
+                            p.copy_(before[name])
                 found.append(self.engine.score(self.model, batch, wanted))
         finally:
             for name, p in weights.items():

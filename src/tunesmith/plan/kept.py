@@ -1,0 +1,75 @@
+"""Traces that have been made before: kept in the cache folder by a hash of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tunesmith
+from tunesmith.cache import cache_folder
+from tunesmith.config import ModelConfig, RunConfig
+from tunesmith.models.load import load_config
+from tunesmith.plan.ledger import Peak
+from tunesmith.plan.trace import Traced, trace
+from tunesmith.run_data import RunData
+from tunesmith.run_folder import write_text
+
+PACKAGES = ("torch", "transformers", "peft")
+"""What a trace depends on beside the program itself."""
+
+
+def traced(data: RunData, precision: str, kind: str) -> Traced:
+    """As `trace`, which is not asked again for what it has said once."""
+    file = cache_folder() / "plans" / f"{key(data, precision, kind)}.json"
+    if file.is_file():
+        numbers: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        peaks = {name: Peak(*peak) for name, peak in numbers.pop("peaks").items()}
+        return Traced(peaks=peaks, **numbers)
+    found = trace(data, precision, kind=kind)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = {name: (peak.bytes, dict(peak.kinds)) for name, peak in found.peaks.items()}
+    write_text(file, json.dumps({**vars(found), "peaks": whole}))
+    return found
+
+
+def key(data: RunData, precision: str, kind: str) -> str:
+    """Hash of the settings, the models' architectures, the samples, and the code that makes a trace of them."""
+    train = data.config.train.model_copy(update={"memory": None, "foresee": True})
+    where = data.config.data.model_copy(update={"path": "", "eval_path": None})  # what is there, the samples say
+    config = data.config.model_copy(update={"output": "", "train": train, "data": where})
+    digest = hashlib.blake2b(digest_size=20)
+    for text in (
+        config.model_dump_json(),
+        *_architectures(config),
+        data.samples.fingerprint(),
+        data.held_out.fingerprint(),
+        precision,
+        kind,
+        str(data.steps),
+        *(f"{name} {version(name)}" for name in PACKAGES),
+        _code(),
+    ):
+        digest.update(f"{len(text)} {text}".encode())
+    return digest.hexdigest()
+
+
+def _architectures(config: RunConfig) -> Iterator[str]:
+    """Settings of the model, and of those that stand beside it."""
+    yield load_config(config.model).to_json_string()
+    for setting in ("reference_model", "teacher"):
+        if path := getattr(config.objective, setting, None):
+            yield load_config(ModelConfig(path=path)).to_json_string()
+
+
+@cache
+def _code() -> str:
+    """Hash of the program's own files: between two versions, what it says of a run may change."""
+    folder, digest = Path(tunesmith.__file__).parent, hashlib.blake2b(digest_size=20)
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
