@@ -159,7 +159,8 @@ class SingleConfig(Section):
 
 
 class AutoConfig(Section):
-    """One device where one process runs. Several processes: fsdp, or replicas for method zeroth."""
+    """One device where one process runs. Several processes: fsdp, with copies, shards or parts of layers by what fits; or
+    replicas for method zeroth."""
 
     name: Literal["auto"] = "auto"
     device: str = "auto"

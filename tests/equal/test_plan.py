@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -121,8 +122,19 @@ def test_a_rank_holds_and_sends_what_was_planned(world: int, cases: dict[str, di
         for key in planned.traffic.keys() | found["counts"].keys():
             ours, theirs = (counts.get(key, Count()).payload for counts in (planned.traffic, found["counts"]))
             assert 0 <= theirs - ours <= (FEW if key[0] == "all-reduce" else 0), (name, key, ours, theirs)
-    assert max(map(abs, errors.values())) < 0.01, errors
+    assert min(errors.values()) > -0.01, errors
+    assert max(errors.values()) < 0.04, errors
     assert median(map(abs, errors.values())) < 0.001, errors
+
+
+def test_data_that_is_there_is_read(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(engine={"name": "fsdp", "device": "cpu"}, train={"batch_size": 8})
+    read = plan(config, 2)
+    nowhere = config.model_copy(update={"data": config.data.model_copy(update={"path": "nowhere.jsonl"})})
+    assumed = plan(nowhere, 2)
+    assert (read.is_read, assumed.is_read) == (True, False)
+    assert read.tokens < assumed.tokens == config.data.max_tokens
+    assert read.peak.bytes < assumed.peak.bytes
 
 
 def test_the_command_needs_a_config_alone(tmp_path: Path) -> None:

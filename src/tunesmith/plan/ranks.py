@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,9 @@ class ForeseenRank(Foreseen, FsdpEngine):
 
     def own(self, batch: Batch, tokens: int) -> Batch:
         """The part of a batch with the largest micro-batch."""
-        return max(batch.parts(self.world), key=lambda part: size(part.split(tokens)))
+        parts = [[batch.rows(*rows) for rows in pairwise(rows)] for rows in batch.split_borders(tokens, self.world)]
+        largest = max(range(len(parts)), key=lambda number: size(parts[number]))
+        return batch.parts(self.world)[largest]
 
     def rows(self, batch: Batch) -> slice:
         return slice(0, len(batch.tokens_BT))
@@ -120,8 +123,7 @@ def plan_on(data: RunData, world: int, is_read: bool = True) -> Plan:
             run = assemble(data, engine, unwatched, foreseen_helpers)
             with shadow.off():
                 batch, held_out = worst_batch(run) if is_read else run.data(0), held_out_batch(run)
-                parts = batch.parts(engine.world)
-                number = max(len(part.split(run.learner.micro_batch_tokens)) for part in parts)
+                number = max(map(len, batch.split_borders(run.learner.micro_batch_tokens, engine.world))) - 1
                 batch = engine.own(batch, run.learner.micro_batch_tokens)
                 engine.shares = False
                 batch = first(run, batch)

@@ -16,6 +16,10 @@ HELD = ("weights", "adapter", "gradients", "optimizer state")
 """What cpu_offload keeps in the host's memory."""
 
 
+FEW = 1024
+"""Bytes of numbers that are not worth a line, such as losses and norms."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What the ranks run on: GB/s that a device sends within its node and to others, and TFLOP/s that it reaches."""
@@ -58,8 +62,7 @@ def _facts(config: RunConfig, found: Plan) -> list[tuple[str, str]]:
 
 
 def _memory(config: RunConfig, found: Plan) -> Table:
-    title = f"memory of a rank when it holds the most ({found.phase or 'between phases'})"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"memory of a rank: {found.phase or 'update'}", title_justify="left", box=None, pad_edge=False)
     for name in ("", "bytes", ""):
         table.add_column(name, justify="right" if name else "left")
     offloaded = HELD if getattr(config.engine, "cpu_offload", False) else ()
@@ -75,6 +78,8 @@ def _traffic(found: Plan, machine: Machine) -> Table:
     for name in ("", "over", "calls", "payload", "sent", "link", "time"):
         table.add_column(name, justify="left" if name in ("", "over", "link") else "right", no_wrap=True)
     for (kind, group), count in found.traffic.items():
+        if count.payload < FEW:
+            continue
         speed, link = _speed(found, group, machine)
         table.add_row(
             kind, group, str(count.calls), short_bytes(count.payload), short_bytes(count.sent),
