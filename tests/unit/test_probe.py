@@ -21,11 +21,9 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_finds_scale_and_cap_of_the_logits(family: str, mixed: bool) -> None:
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        head = find_head(make_model(family))
+def test_finds_scale_and_cap_of_the_logits(family: str) -> None:
+    head = find_head(make_model(family))
     assert head.linear is not None
     assert (head.scale, head.cap) == HEADS.get(family, (1.0, None))
 

@@ -12,9 +12,9 @@ from tunesmith.models.load import load_config
 from tunesmith.plan import kept
 from tunesmith.plan.devices import Device, Rates
 from tunesmith.plan.forecast import foresee
+from tunesmith.plan.rows import full_rows
 from tunesmith.plan.show_survey import print_survey
 from tunesmith.plan.survey import LENGTHS, WAYS, config_of, lengths, look
-from tunesmith.plan.synthetic import synthetic_data
 
 WIDE = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48, "num_hidden_layers": 4}
 DEVICE = Device("small", "cpu", 460 * 2**20, Rates(1, 1, 10, 5, (0.5, 1.0)))
@@ -54,14 +54,14 @@ def test_lengths_are_those_that_the_model_knows(config_alone: Callable[..., str]
     assert lengths(config_alone(max_position_embeddings=100), ()) == [100]
 
 
-def test_synthetic_samples_take_as_much_as_real_ones(config_alone: Callable[..., str]) -> None:
+def test_rows_without_data_are_full(config_alone: Callable[..., str]) -> None:
     config = config_of(config_alone(), "full", 128, ())
-    data = synthetic_data(config, 128, 2)
+    data = full_rows(config)
     assert data.samples.lengths().tolist() == [[128], [128]]
     traced = foresee(config, DEVICE, data).traced
     assert (traced.rows, traced.width, traced.tokens) == (1, 128, 256)
     longer = config_of(config_alone(), "full", 256, ())
-    assert foresee(longer, DEVICE, synthetic_data(longer, 256, 2)).needed > foresee(config, DEVICE, data).needed
+    assert foresee(longer, DEVICE, full_rows(longer)).needed > foresee(config, DEVICE, data).needed
 
 
 def test_settings_are_taken(config_alone: Callable[..., str]) -> None:

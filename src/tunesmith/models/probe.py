@@ -146,9 +146,7 @@ def _tokens(model: Any) -> Tensor:
 
 
 def _tolerance(model: Any) -> float:
-    """For what the model computes, under autocast as well."""
-    kind = model.device.type
-    return tolerance(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype)
+    return tolerance(model.dtype)
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -16,7 +16,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.load import load_config, shape_of_model
 from tunesmith.plan.devices import Device
 from tunesmith.plan.forecast import Forecast, foresee
-from tunesmith.plan.synthetic import synthetic_data
+from tunesmith.plan.rows import full_rows
 
 LENGTHS = (512, 2048, 8192, 32768)
 """Tokens of a sample."""
@@ -54,7 +54,7 @@ class Cell:
 def look(model: str, way: str, tokens: int, overrides: Sequence[str], device: Device) -> Cell:
     """Foresee one. overrides: settings over a run's usual ones, such as model.trust_remote_code=true."""
     config = config_of(model, way, tokens, overrides)
-    data = synthetic_data(with_engine(config), tokens, ROWS)
+    data = full_rows(with_engine(config))
     try:
         with warnings.catch_warnings():  # about numbers, of which there are none
             warnings.simplefilter("ignore")
