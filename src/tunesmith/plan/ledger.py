@@ -194,6 +194,7 @@ def parts_of(x: Tensor) -> Iterator[Tensor]:
     x = x.detach()
     if is_traceable_wrapper_subclass(x):
         for name in x.__tensor_flatten__()[0]:
-            yield from parts_of(getattr(x, name))
+            if isinstance(part := getattr(x, name), Tensor):  # a mesh of ranks is named among them
+                yield from parts_of(part)
     else:
         yield x
