@@ -123,6 +123,7 @@ def plan_on(data: RunData, world: int, is_read: bool = True) -> Plan:
             run = assemble(data, engine, unwatched, foreseen_helpers)
             with shadow.off():
                 batch, held_out = worst_batch(run) if is_read else run.data(0), held_out_batch(run)
+                held_out = None if held_out is None else first(run, held_out)
                 number = max(map(len, batch.split_borders(run.learner.micro_batch_tokens, engine.world))) - 1
                 batch = engine.own(batch, run.learner.micro_batch_tokens)
                 engine.shares = False

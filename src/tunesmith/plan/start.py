@@ -86,8 +86,10 @@ def rehearse(run: Any) -> dict[str, int]:
     memory as the optimizer will hold. Nothing is changed by it. Returns bytes at the peak, by phase."""
     learner = run.learner
     with ExitStack() as stack:
-        batch = first(run, worst_batch(run))
-        held_out = held_out_batch(run)
+        batch, held_out = worst_batch(run), held_out_batch(run)
+        if learner.engine.world == 1:  # where ranks share a batch out, its first rows are one rank's
+            batch = first(run, batch)
+            held_out = None if held_out is None else first(run, held_out)
         learner.engine.seed(run.config.seed, 0)
         missing = _missing_state(learner)
         peaks = stack.enter_context(_measured(run))

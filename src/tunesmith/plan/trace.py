@@ -24,7 +24,7 @@ from tunesmith.plan.engine import ForeseenEngine
 from tunesmith.plan.helpers import foreseen_helpers
 from tunesmith.plan.ledger import Ledger, Peak, Work
 from tunesmith.plan.shadow import Shadow
-from tunesmith.plan.worst import largest_first, size, worst_batch
+from tunesmith.plan.worst import largest_first, pieces, size, worst_batch
 from tunesmith.run_data import RunData
 from tunesmith.types import Batch
 
@@ -75,6 +75,7 @@ def trace(data: RunData, precision: str, whole_step: bool = False, kind: str | N
             run = assemble(data, engine, lambda what, number: None, foreseen_helpers)
             with shadow.off():
                 batch, held_out = worst_batch(run), held_out_batch(run)
+            held_out = None if held_out is None else first(run, held_out)
             return _trace(run, shadow, batch if whole_step else first(run, batch), held_out)
         except RuntimeError as error:  # torch's for what needs numbers
             raise UserError(
@@ -98,23 +99,23 @@ def _trace(run: Run, shadow: Shadow, batch: Batch, held_out: Batch | None) -> Tr
             if held_out is not None:
                 learner.sums(run.objective, [held_out], run.helpers)
     flops, moved, operations = (sum(each) // len(work) for each in zip(*work, strict=True))
-    pieces = learner.method.micro_batches(batch, learner.micro_batch_tokens)
-    largest = largest_first(pieces)[0]
+    taken = learner.method.micro_batches(batch, learner.micro_batch_tokens)
+    largest = largest_first(taken)[0]
     shapes = [p.numel() for p in learner.model.parameters()]
     trained = sum(p.numel() for p in learner.method.params.values())
     rows, width = largest.tokens_BT.shape
-    tokens = sum(piece.tokens_BT.numel() for piece in pieces)
+    tokens = sum(piece.tokens_BT.numel() for piece in taken)
     return Traced(dict(ledger.peaks), rows, width, flops, moved, operations, tokens, sum(shapes), trained)
 
 
 def first(run: Run, batch: Batch) -> Batch:
     """Of a batch the rows that go through the model first, in as many micro-batches as are traced."""
-    pieces = run.learner.engine.micro_batches(batch, run.learner.micro_batch_tokens)[:TRACED]
-    return batch.rows(0, sum(len(piece.tokens_BT) for piece in pieces))
+    taken = run.learner.engine.micro_batches(batch, run.learner.micro_batch_tokens)[:TRACED]
+    return batch.rows(0, sum(len(piece.tokens_BT) for piece in taken))
 
 
 def held_out_batch(run: Run) -> Batch | None:
-    """Of the held-out batches that with the largest micro-batch, and of it as many micro-batches as are traced of a step."""
+    """Of the held-out batches that with the largest micro-batch."""
     if not len(run.held_out):
         return None
     config = run.config
@@ -122,11 +123,7 @@ def held_out_batch(run: Run) -> Batch | None:
     each = run.held_out.lengths().sum(1)
     starts = np.arange(0, len(each), config.train.batch_size)
     candidates = {int(np.maximum.reduceat(each, starts).argmax()), int(np.add.reduceat(each, starts).argmax())}
-
-    def size_of(batch: Batch) -> tuple[int, int, int]:
-        return size(run.learner.engine.micro_batches(batch, run.learner.micro_batch_tokens))
-
-    return first(run, max((batches[number] for number in sorted(candidates)), key=size_of))
+    return max((batches[n] for n in sorted(candidates)), key=lambda batch: size(pieces(run, batch)))
 
 
 def take_step(run: Run, batch: Batch, ledger: Ledger) -> None:

@@ -20,13 +20,13 @@ def worst_batch(run: Run) -> Batch:
         return run.data(0)
     steps = worst_steps(run)
     batches = [run.data(step) for step in steps]
-    return max(batches, key=lambda batch: size(_pieces(run, batch)))
+    return max(batches, key=lambda batch: size(pieces(run, batch)))
 
 
 def worst_step(run: Run) -> int:
     """Its number, counted from 0."""
     steps = worst_steps(run)
-    return max(steps, key=lambda step: size(_pieces(run, run.data(step))))
+    return max(steps, key=lambda step: size(pieces(run, run.data(step))))
 
 
 def worst_steps(run: Run) -> list[int]:
@@ -41,8 +41,10 @@ def worst_steps(run: Run) -> list[int]:
     return list(dict.fromkeys((*by_longest, *by_all)))
 
 
-def _pieces(run: Run, batch: Batch) -> list[Batch]:
-    return run.learner.engine.micro_batches(batch, run.learner.micro_batch_tokens)
+def pieces(run: Run, batch: Batch) -> list[Batch]:
+    """Micro-batches of all ranks: each of them finds the same batch to be the largest."""
+    parts = batch.parts(run.learner.engine.world)
+    return [piece for part in parts for piece in part.split(run.learner.micro_batch_tokens)]
 
 
 def largest_first(pieces: Sequence[Batch]) -> list[Batch]:
