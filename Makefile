@@ -8,8 +8,8 @@ BIN    := .venv/bin
 demo: .venv/.demo        ## fine-tune a real model, compare its answers before and after
 	$(BIN)/tunesmith demo
 
-test: .venv/.test        ## all tests
-	$(BIN)/python -m pytest
+test: .venv/.test        ## all tests, in a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 product: .venv/.test     ## only the tests that multiply the tables: objectives, methods, optimizers, families
 	$(BIN)/python -m pytest tests/product
@@ -45,6 +45,8 @@ bench: .venv/.bench .venv-llamafactory  ## every benchmark in turn, one at a tim
 	$(BIN)/python benchmarks/loop_overhead/run.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 benchmarks/engines/step_time.py
 	$(BIN)/python benchmarks/engines/load_memory.py
+	$(BIN)/python benchmarks/plan/grid.py
+	$(BIN)/python benchmarks/plan/speed.py
 	$(BIN)/python benchmarks/dpo/run.py
 	$(BIN)/python benchmarks/packing/run.py
 	$(BIN)/python benchmarks/data_throughput/run.py

@@ -123,14 +123,15 @@ def test_checkpointing_alone_keeps_the_micro_batches(full: RunConfig, data: RunD
 
 
 def test_what_changes_little_comes_before_another_method(full: RunConfig, data: RunData) -> None:
-    turns = needs(full, data, TURNS)
+    turns = needs(full, data, TURNS, rows(data, 1), AGAIN)
+    assert turns.needed / TIGHT < needs(full, data, rows(data, 1), AGAIN).needed
     tried = list(remedies(full, device_of(turns), data, wanted=2))
     assert [each.harm for each in tried] == sorted((each.harm for each in tried), key=HARMS.index)
     least = tried[1]  # of what leaves the update as it is
     assert (least.harm, least.fits) == ("same result", False)
     found = next(each for each in tried if each.fits)
-    assert (found.remedies, found.harm) == ((IN_TURNS,), "result differs a little")
-    assert found.overrides == ("method=chunk", "method.num_chunks=16", "optimizer.lr=5e-05")
+    assert (found.remedies, found.harm) == ((IN_TURNS, CHECKPOINTING, ROWS), "result differs a little")
+    assert {"method=chunk", "method.num_chunks=16", "optimizer.lr=5e-05"} < set(found.overrides)
     assert all("weights that wait" not in each.what for each in tried)  # since they need not
 
 
@@ -148,7 +149,7 @@ def test_adapters_and_scoring_come_last(full: RunConfig) -> None:
     data = open_data(frozen)
     found = first_that_fits(frozen, data, needs(frozen, data, ADAPTER, rows(data, 1), AGAIN))
     assert (found.remedies, found.harm) == (("LoRA of rank 16", CHECKPOINTING, ROWS), "another method")
-    adapter = found.config
+    adapter = laid_over(found.config, {"model": {"precision": "bf16"}})
     alone = {"data": {"pack": False}}
     scored = needs(adapter, data, {"method": {"name": "zeroth"}, "optimizer": {"name": "sgd"}}, rows(data, 1), alone)
     found = first_that_fits(adapter, data, scored)
@@ -203,7 +204,7 @@ def test_what_is_nearest_to_a_run_that_was_refused(full: RunConfig, data: RunDat
 
 
 def test_a_fitted_file_trains_within_the_budget(full: RunConfig, data: RunData, tmp_path: Path) -> None:
-    device = device_of(needs(full, data, TURNS))
+    device = device_of(needs(full, data, TURNS, rows(data, 1), AGAIN))
     file = tmp_path / "fitted.yaml"
     print_fits(full, device, Console(quiet=True), file)
     assert foresee(load_config(file), device).verdict == "fits"
@@ -218,7 +219,7 @@ def test_a_fitted_file_trains_within_the_budget(full: RunConfig, data: RunData, 
     assert max(peaks) < device.memory
     refused = laid_over(full, {"train": {"memory": device.memory, "foresee": True}})
     refused = refused.model_copy(update={"output": str(tmp_path / "another")})
-    with pytest.raises(UserError, match=r"what would fit:\n  method=chunk method.num_chunks=16"):
+    with pytest.raises(UserError, match=r"what would fit:\n  method=chunk .*method.num_chunks=16"):
         train(refused, console=Console(quiet=True))
     with pytest.raises(UserError, match="exists"):
         print_fits(full, device, Console(quiet=True), file)

@@ -147,10 +147,10 @@ def _plan(run: Run, engine: ForeseenRank, batch: Batch, held_out: Batch | None, 
     with recorded(run, ledger):
         with engine.shadow.watched(of_parts.seen), watching(of_parts.watch):
             take_step(run, batch, ledger)
-        flops, traffic = of_parts.of_step(number)
-        held = held_by(learner.model, learner.method)
-        for _ in steps:
-            take_step(run, batch, ledger)
+            flops, traffic = of_parts.of_step(number)
+            held = held_by(learner.model, learner.method)
+            for _ in steps:
+                take_step(run, batch, ledger)
         if held_out is not None:
             learner.sums(run.objective, [held_out], run.helpers)
     largest = largest_first(learner.method.micro_batches(batch, learner.micro_batch_tokens))[0]
