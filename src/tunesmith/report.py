@@ -68,7 +68,7 @@ def _memory_picture(phases: list[str], foreseen: dict[str, int], measured: dict[
     axes.set_xticks(at, phases)
     axes.set_ylabel(f"tensors at most ({unit})")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     aside = file.with_name(".memory.writing.png")
     figure.savefig(aside, dpi=120)
     aside.replace(file)

@@ -132,7 +132,6 @@ def test_what_changes_little_comes_before_another_method(full: RunConfig, data: 
     found = next(each for each in tried if each.fits)
     assert (found.remedies, found.harm) == ((IN_TURNS, CHECKPOINTING, ROWS), "result differs a little")
     assert {"method=chunk", "method.num_chunks=16", "optimizer.lr=5e-05"} < set(found.overrides)
-    assert all("weights that wait" not in each.what for each in tried)  # since they need not
 
 
 def test_eight_bit_states_where_torchao_is_installed(full: RunConfig, data: RunData) -> None:

@@ -72,8 +72,6 @@ class Remedy:
     harm: Harm
     change: Callable[[Look, RunConfig], Tree | None]
     """Settings to lay over a configuration, by section; None where that would change nothing, or is not for it."""
-    more_than: str = ""
-    """Name of the one that does less of the same, and is enough where it fits."""
 
 
 def _checkpointing(look: Look, config: RunConfig) -> Tree | None:
@@ -120,17 +118,6 @@ def _in_turns(look: Look, config: RunConfig) -> Tree | None:
     return {"method": {"name": "chunk", "num_chunks": NUM_CHUNKS}} | ({} if kept else {"optimizer": {"name": "adamw"}})
 
 
-def _streamed(look: Look, config: RunConfig) -> Tree | None:
-    method: Any = config.method
-    if method.name == "full":
-        turns = _in_turns(look, config) or {}
-        return {**turns, "method": {**turns["method"], "weights": "stream"}}
-    if method.name != "chunk" or method.weights == "stream":
-        return None
-    size = {"memory": None, "num_chunks": method.num_chunks or NUM_CHUNKS} if method.memory else {}
-    return {"method": {**size, "weights": "stream"}}
-
-
 def _adapter(look: Look, config: RunConfig) -> Tree | None:
     return {"method": {"name": "lora", "rank": 16}} if config.method.name in ("full", "freeze", "chunk") else None
 
@@ -156,7 +143,6 @@ OTHERS = (
     Remedy("optimizer state in 8 bits", "result differs a little", _state_in_8bit),
     Remedy("smaller chunks", "result differs a little", _smaller_chunks),
     Remedy(IN_TURNS, "result differs a little", _in_turns),
-    Remedy("chunk, with weights that wait on the host", "result differs a little", _streamed, IN_TURNS),
     Remedy("LoRA of rank 16", "another method", _adapter),
     Remedy("scoring alone (zeroth)", "another method", _scoring),
 )
@@ -191,13 +177,10 @@ def remedies(
 def _ladder(look: Look) -> Iterator[Candidate]:
     """What is worth a look, in order of harm."""
     yield from _same(look)
-    enough: set[str] = set()
     for remedy in OTHERS:
-        changed = None if remedy.more_than in enough else look.changed(remedy, look.config)
+        changed = look.changed(remedy, look.config)
         if changed is not None:
-            candidate = _gentlest(look, remedy, changed)
-            enough |= {remedy.name} if candidate.fits else set()
-            yield candidate
+            yield _gentlest(look, remedy, changed)
 
 
 def _same(look: Look) -> Iterator[Candidate]:

@@ -17,6 +17,8 @@ from tunesmith.run_data import RunData, open_data
 
 GAPS = {"cuda": 0.05, "cpu": 0.05}
 """Share of what comes and goes that the allocator holds beside it, an estimate: rounding, and gaps between blocks."""
+SLOW_LAUNCHES = 2.0
+"""Times that of a small operation alone, where others' code runs between them."""
 TIGHT = 0.95
 """From this share of the device's memory on, a run fits only if nothing else is there."""
 
@@ -73,11 +75,12 @@ class Forecast:
         others = self.traced.moved / rates.bandwidth / 1e9
         launches = self.traced.operations * rates.launch_us / 1e6
 
-        def seconds(reach: float) -> float:
-            products = self.traced.flops / tflops / 1e12
-            return share * max((products + others) / reach, launches)
-
-        return seconds(rates.reach[1]), seconds(rates.reach[0])
+        products = self.traced.flops / tflops / 1e12
+        slow, fast = rates.reach
+        return (
+            share * max((products + others) / fast, launches),
+            share * max((products + others) / slow, SLOW_LAUNCHES * launches),
+        )
 
     @property
     def run_s(self) -> tuple[float, float] | None:

@@ -97,7 +97,8 @@ def time_in_words(forecast: Forecast, price: float | None = None) -> str:
         f"{_seconds(run[0])} to {_seconds(run[1])} in all",
     ]
     if (energy := energy_kwh(forecast)) is not None:
-        parts.append(f"{energy[0]:.2g} to {energy[1]:.2g} kWh")
+        scale, unit = (1, "kWh") if energy[1] >= 0.1 else (1000, "Wh")
+        parts.append(f"{energy[0] * scale:.2g} to {energy[1] * scale:.2g} {unit}")
     if price is not None:
         parts.append(f"{run[0] / 3600 * price:.2f} to {run[1] / 3600 * price:.2f} at {price:g} an hour")
     return "time: " + " · ".join(parts)
