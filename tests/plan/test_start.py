@@ -93,9 +93,21 @@ def test_out_of_memory_tells_what_was_held_and_what_would_help(
         train(make_config(train={"foresee": True}))
 
 
-def test_a_failing_planner_stops_no_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*given: Any) -> None:
-        raise NotImplementedError("an operation that fake tensors do not know")
+def no_answer(*given: Any) -> None:
+    raise NotImplementedError("an operation that fake tensors do not know")
 
-    monkeypatch.setattr(start, "foresee", fail)
+
+def test_foreseeing_leaves_no_trace_in_the_process_that_trains(make_config: MakeConfig, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    eight_bit = {"optimizer": {"name": "adamw8bit", "lr": 1e-2}, "method": "full"}
+    one, other = (
+        train(make_config(**eight_bit, train={"foresee": foresee}, output=str(tmp_path / f"{foresee}")))
+        for foresee in (True, False)
+    )
+    assert losses(one.folder) == losses(other.folder)
+
+
+def test_a_failing_planner_stops_no_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "is_known", lambda *given: False)
+    monkeypatch.setattr(start, "foresee", no_answer)
     assert train(make_config(train={"foresee": True})).finished

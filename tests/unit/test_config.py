@@ -86,7 +86,8 @@ def test_the_shortest_config_resolves_to_the_documented_defaults() -> None:
         "optimizer": {"name": "adamw", "lr": 2e-4, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8},
         "schedule": {"name": "cosine", "warmup_fraction": 0.03, "warmup_steps": None, "final_fraction": 0.0},
         "engine": {"name": "auto", "device": "auto", "activation_checkpointing": False, "compile": False},
-        "train": {"epochs": 1.0, "steps": None, "batch_size": 16, "micro_batch_tokens": 4096, "max_grad_norm": 1.0},
+        "train": {"epochs": 1.0, "steps": None, "batch_size": 16, "micro_batch_tokens": 4096, "max_grad_norm": 1.0,
+            "memory": None, "foresee": True},
         "checkpoint": {
             "every_steps": 0, "every_minutes": 10.0, "keep": 2, "asynchronous": None, "on_failure": "stop",
         },

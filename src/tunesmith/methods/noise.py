@@ -37,7 +37,7 @@ def noise(kind: Noise, key: int, shape: tuple[int, ...], device: torch.device | 
         bits = (hashes[:, None] >> torch.arange(64, device=device)) & 1
         return (bits.flatten()[:number] * 2 - 1).float().view(shape)
     sixteenths = random_bits(key, -(-number // 4), device).view(torch.int16)[:number]
-    return _quantiles(str(device))[sixteenths.long() + _QUANTILES // 2].view(shape)
+    return quantiles(str(device))[sixteenths.long() + _QUANTILES // 2].view(shape)
 
 
 def random_bits(key: int, number: int, device: torch.device | str = "cpu") -> Tensor:
@@ -65,7 +65,7 @@ def _mix_int(x: int) -> int:
 
 
 @cache
-def _quantiles(device: str) -> Tensor:
+def quantiles(device: str) -> Tensor:
     """The middle of each 65,536th part of the normal distribution, scaled to variance 1 and rounded to bf16; fp32."""
     normal = NormalDist()
     upper = torch.tensor([normal.inv_cdf((n + 0.5) / _QUANTILES) for n in range(_QUANTILES // 2, _QUANTILES)]).double()

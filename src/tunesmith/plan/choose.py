@@ -6,15 +6,9 @@ Rank 0 foresees them, in a process of its own: what torch remembers of ranks tha
 from __future__ import annotations
 
 import os
-import pickle
 import socket
-import subprocess
-import sys
-import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,10 +18,11 @@ from tunesmith.config import FsdpConfig, RunConfig
 from tunesmith.display import short_bytes
 from tunesmith.engines.collective import Collective
 from tunesmith.engines.fsdp import FsdpEngine
-from tunesmith.engines.place import VARIABLES, place
+from tunesmith.engines.place import place
 from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
 from tunesmith.methods import METHODS
+from tunesmith.plan.apart import FailedApartError, apart
 from tunesmith.plan.devices import CONTEXT
 from tunesmith.plan.forecast import GAPS, HELD
 from tunesmith.plan.ranks import Plan, plan_on
@@ -125,22 +120,10 @@ def _choose(config: RunConfig, ranks: Ranks, device: torch.device) -> Choice:
     able = [(name, way) for name, way in candidates(engine, ranks) if _is_able(config, way)]
     if not able:
         FsdpEngine.check(config)  # tells why
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder, "asked"), Path(folder, "answer")
-        asked.write_bytes(pickle.dumps((config, ranks, able)))
-        nobody = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in (*VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        }
-        code = [sys.executable, "-m", "tunesmith.plan.choose", str(asked), str(answer)]
-        ended = subprocess.run(code, env={**nobody, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-        if not answer.exists():
-            return Choice(engine, f"shards, since nothing could be foreseen ({_last_line(ended.stderr)})")
-        found = pickle.loads(answer.read_bytes())
-    if isinstance(found, str):
-        raise UserError(found)
-    assert isinstance(found, Choice)
+    try:
+        found: Choice = apart(first_that_fits, config, ranks, able)
+    except FailedApartError as error:
+        return Choice(engine, f"shards, since nothing could be foreseen ({error})")
     return found
 
 
@@ -150,10 +133,6 @@ def _is_able(config: RunConfig, engine: FsdpConfig) -> bool:
     except UserError:
         return False
     return True
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
 
 
 def first_that_fits(config: RunConfig, ranks: Ranks, ways: list[tuple[str, FsdpConfig]]) -> Choice:
@@ -185,20 +164,3 @@ def needed(plan: Plan, kind: str) -> int:
 def on(data: RunData, engine: FsdpConfig) -> RunData:
     """The same run with another engine."""
     return replace(data, config=data.config.model_copy(update={"engine": engine}))
-
-
-def main(asked: str, answer: str) -> None:
-    """Foresee in this process. What is asked and what is found are files."""
-    warnings.simplefilter("ignore")
-    config, ranks, ways = pickle.loads(Path(asked).read_bytes())
-    try:
-        found: Any = first_that_fits(config, ranks, ways)
-    except UserError as error:
-        found = str(error)
-    Path(answer).write_bytes(pickle.dumps(found))
-
-
-if __name__ == "__main__":
-    from tunesmith.plan import choose as itself
-
-    itself.main(*sys.argv[1:])

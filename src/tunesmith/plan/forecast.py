@@ -10,8 +10,8 @@ from tunesmith.config import RunConfig
 from tunesmith.data.dataset import Dataset
 from tunesmith.engines import with_engine
 from tunesmith.methods import METHODS
+from tunesmith.plan import kept
 from tunesmith.plan.devices import Device
-from tunesmith.plan.kept import traced
 from tunesmith.plan.trace import Traced
 from tunesmith.run_data import RunData, open_data
 
@@ -98,15 +98,25 @@ ORDER = (
 
 def foresee(config: RunConfig, device: Device, data: RunData | None = None) -> Forecast:
     """Plan a run on one device. data: what it trains on, if that has been read. Raises UserError."""
-    data = data or open_data(with_engine(config))
-    config = settled(data.config, device)
-    data, precision = replace(data, config=config), config.model.precision
+    data = as_foreseen(data or open_data(with_engine(config)), device)
+    config, precision = data.config, data.config.model.precision
     samples = config.train.batch_size
     if isinstance(data.batches, Dataset):
         tokens = data.batches.epoch_tokens / data.batches.epoch_samples * samples
     else:
         tokens = float(data.samples.lengths().sum(1).mean()) * samples
-    return Forecast(config, device, precision, traced(data, precision, device.kind), data.steps, samples, tokens)
+    return Forecast(config, device, precision, kept.traced(data, precision, device.kind), data.steps, samples, tokens)
+
+
+def is_known(data: RunData, device: Device) -> bool:
+    """Whether this has been foreseen before, and the answer is kept."""
+    data = as_foreseen(data, device)
+    return kept.is_known(data, data.config.model.precision, device.kind)
+
+
+def as_foreseen(data: RunData, device: Device) -> RunData:
+    """The data with its run's settings settled."""
+    return replace(data, config=settled(data.config, device))
 
 
 def settled(config: RunConfig, device: Device) -> RunConfig:

@@ -23,6 +23,11 @@ PACKAGES = ("torch", "transformers", "peft")
 """What a trace depends on beside the program itself."""
 
 
+def is_known(data: RunData, precision: str, kind: str) -> bool:
+    """Whether `traced` would take no time."""
+    return (cache_folder() / "plans" / f"{key(data, precision, kind)}.json").is_file()
+
+
 def traced(data: RunData, precision: str, kind: str) -> Traced:
     """As `trace`, which is not asked again for what it has said once."""
     file = cache_folder() / "plans" / f"{key(data, precision, kind)}.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,8 +15,9 @@ from tunesmith.display import short_bytes
 from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.phases import watching
+from tunesmith.plan.apart import FailedApartError, apart
 from tunesmith.plan.devices import Device, measured_rates
-from tunesmith.plan.forecast import Forecast, foresee
+from tunesmith.plan.forecast import Forecast, foresee, is_known
 from tunesmith.plan.ledger import Ledger
 from tunesmith.plan.show import in_short, time_in_words
 from tunesmith.plan.trace import first, held_out_batch, recorded
@@ -31,13 +31,12 @@ def foreseen(data: RunData, engine: SingleEngine) -> Forecast | None:
     config = data.config
     if not config.train.foresee or type(engine) is not SingleEngine:
         return None
+    device = device_here(engine.device, config.train.memory)
     try:
-        with warnings.catch_warnings():  # the run itself will give them
-            warnings.simplefilter("ignore")
-            forecast = foresee(config, device_here(engine.device, config.train.memory), data)
-    except Exception:  # a model that cannot be foreseen may well be trained
+        forecast = foresee(config, device, data) if is_known(data, device) else apart(foresee, config, device)
+    except (UserError, FailedApartError) as error:  # a model that cannot be foreseen may well be trained
         if config.train.memory is not None:
-            raise
+            raise UserError(f"train.memory: what the run takes cannot be foreseen ({error}); leave it out") from error
         return None
     if forecast.margin < 0:
         raise UserError(refusal(forecast, data))

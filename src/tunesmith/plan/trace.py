@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from tunesmith.assemble import Run, assemble
+from tunesmith.config import RunConfig
 from tunesmith.data.dataset import EvaluationBatches
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
+from tunesmith.methods.noise import quantiles
 from tunesmith.phases import watching
 from tunesmith.plan.engine import ForeseenEngine
 from tunesmith.plan.helpers import foreseen_helpers
@@ -67,6 +69,7 @@ def trace(data: RunData, precision: str, whole_step: bool = False, kind: str | N
     """Foresee a run on one device. whole_step: all micro-batches of the step, and not only the first. kind: of the device, cuda
     or cpu, if another is meant than the run's. Raises UserError."""
     config = data.config
+    keep_numbers(config)
     shadow = Shadow()
     is_apart = (kind or _kind(config.engine.device)) != "cpu"
     with ExitStack() as stack:
@@ -82,6 +85,17 @@ def trace(data: RunData, precision: str, whole_step: bool = False, kind: str | N
                 f"{config.model.path}: this model cannot be foreseen, since it does not compute with tensors without numbers "
                 f"({str(error).splitlines()[0]})"
             ) from error
+
+
+def keep_numbers(config: RunConfig) -> None:
+    """Let be computed with numbers what code computes once and keeps: a run in this process would find it without."""
+    if config.method.name == "zeroth":
+        quantiles("cpu")
+    if config.optimizer.name == "adamw8bit":
+        from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
+
+        get_qmap_signed()
+        get_qmap_unsigned()
 
 
 def _trace(run: Run, shadow: Shadow, batch: Batch, held_out: Batch | None) -> Traced:
