@@ -126,11 +126,11 @@ def plan(
     from rich.console import Console
 
     from tunesmith.config_file import load_config
+    from tunesmith.plan.devices import find_device, within
 
     if write is not None and not fit:
         raise UserError("--write: writes what --fit finds; give both")
     if Path(target).suffix not in (".yaml", ".yml", ".json"):
-        from tunesmith.plan.devices import find_device
         from tunesmith.plan.show_survey import print_survey
 
         print_survey(target, overrides or (), find_device(device), Console())
@@ -139,21 +139,20 @@ def plan(
     if world is not None:
         from tunesmith.plan.table import Machine, print_plan
 
-        print_plan(config, world, Machine(link, network, ranks_per_node, flops))
+        of_rank = None if device is None else find_device(device)
+        print_plan(config, world, Machine(link, network, ranks_per_node, flops), of_rank)
         return
-    from tunesmith.plan.devices import find_device, within
-
     found = find_device(device)
     found = within(found, config.train.memory or found.memory)
     if fit:
         from tunesmith.plan.show_fit import print_fits
 
         print_fits(config, found, Console(), write)
-        return
-    from tunesmith.plan.forecast import foresee
-    from tunesmith.plan.show import print_forecast
+    else:
+        from tunesmith.plan.forecast import foresee
+        from tunesmith.plan.show import print_forecast
 
-    print_forecast(foresee(config, found), Console(), price)
+        print_forecast(foresee(config, found), Console(), price)
 
 
 @app.command()

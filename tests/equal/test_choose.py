@@ -12,8 +12,8 @@ import pytest
 from tests.equal.ranks import on_ranks
 from tests.equal.test_fsdp import check_equal, run_all
 from tunesmith.config import FsdpConfig, RunConfig
-from tunesmith.plan.choose import Ranks, candidates, first_that_fits, needed, on, ranks_of
-from tunesmith.plan.ranks import plan_on
+from tunesmith.plan.choose import Ranks, candidates, first_that_fits, on, ranks_of
+from tunesmith.plan.ranks import needed, plan_on
 from tunesmith.run import train
 from tunesmith.run_data import open_data
 

@@ -23,9 +23,7 @@ from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
 from tunesmith.methods import METHODS
 from tunesmith.plan.apart import FailedApartError, apart
-from tunesmith.plan.devices import CONTEXT
-from tunesmith.plan.forecast import GAPS, HELD
-from tunesmith.plan.ranks import Plan, plan_on
+from tunesmith.plan.ranks import needed, plan_on
 from tunesmith.run_data import RunData, open_data
 from tunesmith.tensors import from_all
 
@@ -153,12 +151,6 @@ def first_that_fits(config: RunConfig, ranks: Ranks, ways: list[tuple[str, FsdpC
         return Choice(config.engine, f"shards, since nothing could be foreseen ({reason})")  # type: ignore[arg-type]
     least = min(sizes, key=lambda name: sizes[name])
     return Choice(dict(ways)[least], f"{', '.join(told)}: all more than the {short_bytes(ranks.memory)} of a rank")
-
-
-def needed(plan: Plan, kind: str) -> int:
-    """Bytes at a rank's peak, with what surrounds torch's tensors."""
-    moving = sum(size for what, size in plan.peak.kinds.items() if what not in HELD)
-    return round(plan.peak.bytes + GAPS[kind] * moving) + CONTEXT[kind]
 
 
 def on(data: RunData, engine: FsdpConfig) -> RunData:

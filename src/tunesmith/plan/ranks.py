@@ -24,7 +24,9 @@ from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.methods import METHODS
 from tunesmith.phases import watching
+from tunesmith.plan.devices import CONTEXT
 from tunesmith.plan.engine import Foreseen
+from tunesmith.plan.forecast import GAPS, HELD
 from tunesmith.plan.helpers import foreseen_helpers
 from tunesmith.plan.ledger import Peak
 from tunesmith.plan.rows import full_rows
@@ -219,6 +221,12 @@ class _Mark(NamedTuple):
 
     def less(self, other: _Mark) -> _Mark:
         return self.plus(other.times(-1))
+
+
+def needed(plan: Plan, kind: str) -> int:
+    """Bytes at a rank's peak, with what surrounds torch's tensors."""
+    moving = sum(size for what, size in plan.peak.kinds.items() if what not in HELD)
+    return round(plan.peak.bytes + GAPS[kind] * moving) + CONTEXT[kind]
 
 
 def held_by(model: Any, method: Any) -> dict[str, int]:

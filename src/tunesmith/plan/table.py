@@ -10,7 +10,8 @@ from rich.table import Table
 from tunesmith.config import RunConfig
 from tunesmith.display import header, short_bytes, short_number
 from tunesmith.errors import UserError
-from tunesmith.plan.ranks import Plan, plan
+from tunesmith.plan.devices import Device
+from tunesmith.plan.ranks import Plan, needed, plan
 
 HELD = ("weights", "adapter", "gradients", "optimizer state")
 """What cpu_offload keeps in the host's memory."""
@@ -30,14 +31,23 @@ class Machine:
     flops: float
 
 
-def print_plan(config: RunConfig, world: int, machine: Machine, console: Console | None = None) -> None:
-    """Plan, and print what is found. Raises UserError."""
+def print_plan(
+    config: RunConfig, world: int, machine: Machine, device: Device | None = None, console: Console | None = None
+) -> None:
+    """Plan, and print what is found. device: on which a rank is to fit. Raises UserError."""
     if not config.model.path:
         raise UserError("model.path: give a folder with a config.json, or a hub id")
     found = plan(config, world)
     console = console or Console()
     header(console, f"tunesmith plan: {config.model.path} on {world} ranks", _facts(config, found))
-    console.print(_memory(config, found), _traffic(found, machine), highlight=False)
+    console.print(_memory(config, found))
+    if device is not None:
+        size = needed(found, device.kind)
+        verdict = "fits" if size <= device.memory else "does not fit"
+        console.print(
+            f"{verdict}: {short_bytes(size)} of {short_bytes(device.memory)} on {device.name}", highlight=False
+        )
+    console.print(_traffic(found, machine), highlight=False)
     seconds, waiting = found.flops / machine.flops / 1e12, _waiting(found, machine)
     console.print(
         f"computation {short_number(found.flops)}FLOP, {_time(seconds)} at {machine.flops:g} TFLOP/s; communication "
