@@ -194,7 +194,7 @@ def trees(
 
 
 MESHES: list[Any] = [
-    pytest.param(2, {"name": "auto"}, id="shard", marks=pytest.mark.slow),
+    pytest.param(2, {"name": "fsdp"}, id="shard", marks=pytest.mark.slow),
     pytest.param(2, {"name": "fsdp", "replicate": 2}, id="replicate", marks=pytest.mark.slow),
     pytest.param(2, {"name": "fsdp", "tensor_parallel": 2}, id="tensor", marks=pytest.mark.slow),
     pytest.param(2, {"name": "fsdp", "context_parallel": 2}, id="context", marks=pytest.mark.slow),
