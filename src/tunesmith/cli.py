@@ -131,6 +131,8 @@ def plan(
     if write is not None and not fit:
         raise UserError("--write: writes what --fit finds; give both")
     if Path(target).suffix not in (".yaml", ".yml", ".json"):
+        if fit or world is not None or price is not None:
+            raise UserError(f"{target}: --fit, --world and --price are for a configuration, which ends in .yaml")
         from tunesmith.plan.show_survey import print_survey
 
         print_survey(target, overrides or (), find_device(device), Console())
@@ -142,6 +144,10 @@ def plan(
         of_rank = None if device is None else find_device(device)
         print_plan(config, world, Machine(link, network, ranks_per_node, flops), of_rank)
         return
+    if config.engine.name == "fsdp":
+        raise UserError(
+            "engine: fsdp shares a model out: say over how many ranks with --world, or set engine to single"
+        )
     found = find_device(device)
     found = within(found, config.train.memory or found.memory)
     if fit:

@@ -32,7 +32,7 @@ def apart(function: Callable[..., Any], *given: Any) -> Any:
         asked.write_bytes(pickle.dumps((function, given)))
         ranks = (*VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         surroundings = {name: value for name, value in os.environ.items() if name not in ranks}
-        code = [sys.executable, "-m", "tunesmith.plan.apart", str(asked), str(answer)]
+        code = [sys.executable, "-P", "-m", "tunesmith.plan.apart", str(asked), str(answer)]
         ended = subprocess.run(
             code, env={**surroundings, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
         )
@@ -52,7 +52,9 @@ def main(asked: str, answer: str) -> None:
         found: tuple[str, Any] = "found", function(*given)
     except UserError as error:
         found = "error", str(error)
-    Path(answer).write_bytes(pickle.dumps(found))
+    aside = Path(answer).with_suffix(".writing")
+    aside.write_bytes(pickle.dumps(found))
+    aside.replace(answer)
 
 
 if __name__ == "__main__":

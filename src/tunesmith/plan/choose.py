@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
 from tunesmith.config import FsdpConfig, RunConfig
@@ -23,6 +22,7 @@ from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
 from tunesmith.methods import METHODS
 from tunesmith.plan.apart import FailedApartError, apart
+from tunesmith.plan.devices import host_memory
 from tunesmith.plan.ranks import needed, plan_on
 from tunesmith.run_data import RunData, open_data
 from tunesmith.tensors import from_all
@@ -88,7 +88,7 @@ def _memory_here(device: torch.device, limit: int | None) -> int:
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
         return min(limit or there, there)
-    there = psutil.virtual_memory().available
+    there = host_memory()
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", place().world))
     return min(limit * ranks_here if limit else there, there)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -94,7 +97,7 @@ def find_device(name: str | None) -> Device:
         memory, fp32, bf16, bandwidth, watts = SHEETS[name]
         return Device(name, "cuda", int(memory * 2**30), Rates(fp32, bf16, bandwidth, LAUNCH_US, OF_SHEETS), watts)
     if name == "cpu":
-        return Device("cpu", "cpu", psutil.virtual_memory().available, measured_rates("cpu"))
+        return Device("cpu", "cpu", host_memory(), measured_rates("cpu"))
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device: cuda: there is none here; name one of the table, such as rtx4090, or its memory")
@@ -104,6 +107,16 @@ def find_device(name: str | None) -> Device:
         return Device(name, "cuda", size)
     known = ", ".join(SHEETS)
     raise UserError(f"--device: {name!r} is not known: give its memory, such as 24GiB, or cpu, cuda, {known}")
+
+
+def host_memory() -> int:
+    """Bytes that this process may come to hold on the CPU: what is free beside what it has, within its container."""
+    there = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = Path(file)
+        if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
+            there = min(there, int(text))
+    return there
 
 
 def within(device: Device, memory: int) -> Device:
@@ -120,16 +133,27 @@ def bytes_of(text: str) -> int | None:
     return int(float(match[1]) * unit ** (" kmgt".index(match[2])))
 
 
-def measured_rates(kind: str) -> Rates:
-    """Rates of the device that is here: measured within a few seconds, and kept."""
-    of = torch.cuda.get_device_name() if kind == "cuda" else f"cpu {torch.get_num_threads()} threads"
+def measured_rates(kind: str) -> Rates | None:
+    """Rates of the device that is here: measured within a few seconds, and kept. None where it has no room for that."""
+    of = (
+        torch.cuda.get_device_name()
+        if kind == "cuda"
+        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    )
     file = cache_folder() / "rates.json"
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kept = {}
     key = f"{of}, torch {torch.__version__}"
     if key not in kept:
-        kept[key] = asdict(measure_rates(kind))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(kept, indent=1))
+        try:
+            kept[key] = asdict(measure_rates(kind))
+        except torch.OutOfMemoryError:
+            return None
+        with suppress(OSError, UserError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(kept, indent=1))
     return Rates(**{**kept[key], "reach": tuple(kept[key]["reach"])})
 
 
@@ -141,7 +165,7 @@ def measure_rates(kind: str) -> Rates:
         a, b = (torch.randn(size, size, dtype=dtype, device=kind) for _ in range(2))
         return 2 * size**3 / _seconds(kind, lambda: a @ b) / 1e12
 
-    large = torch.randn((2**28 if kind == "cuda" else 2**24), device=kind)
+    large = torch.randn(2**24, device=kind)
     small = torch.randn(16, device=kind)
     bandwidth = 2 * large.numel() * 4 / _seconds(kind, lambda: large.neg()) / 1e9
     launch = _seconds(kind, lambda: [small.neg() for _ in range(100)]) / 100

@@ -47,7 +47,7 @@ class Forecast:
         peak = self.traced.peak
         moving = sum(size for kind, size in peak.kinds.items() if kind not in HELD)
         found = {kind: peak.kinds[kind] for kind in ORDER if peak.kinds.get(kind)}
-        found |= {kind: size for kind, size in peak.kinds.items() if kind not in found and size}
+        found |= {kind: size for kind, size in peak.kinds.items() if kind not in found and size >= 1024}
         keeps = self.device.kind == "cpu" and self.config.train.memory is None
         gaps = GAPS_OF_KEPT if keeps else GAPS[self.device.kind]
         return found | {"allocator": round(gaps * moving), "context": self.device.context}

@@ -5,41 +5,53 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import tunesmith
 from tunesmith.cache import cache_folder
 from tunesmith.config import ModelConfig, RunConfig
+from tunesmith.errors import UserError
 from tunesmith.models.load import load_config
 from tunesmith.plan.ledger import Peak
 from tunesmith.plan.trace import Traced, trace
 from tunesmith.run_data import RunData
 from tunesmith.run_folder import write_text
 
-PACKAGES = ("torch", "transformers", "peft")
+PACKAGES = ("torch", "transformers", "peft", "torchao")
 """What a trace depends on beside the program itself."""
 
 
 def is_known(data: RunData, precision: str, kind: str) -> bool:
     """Whether `traced` would take no time."""
-    return (cache_folder() / "plans" / f"{key(data, precision, kind)}.json").is_file()
+    return _read(cache_folder() / "plans" / f"{key(data, precision, kind)}.json") is not None
 
 
 def traced(data: RunData, precision: str, kind: str) -> Traced:
     """As `trace`, which is not asked again for what it has said once."""
     file = cache_folder() / "plans" / f"{key(data, precision, kind)}.json"
-    if file.is_file():
+    if (known := _read(file)) is not None:
+        return known
+    found = trace(data, precision, kind=kind)
+    whole = {name: (peak.bytes, dict(peak.kinds)) for name, peak in found.peaks.items()}
+    with suppress(OSError, UserError):  # then it is found again the next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps({**vars(found), "peaks": whole}))
+    return found
+
+
+def _read(file: Path) -> Traced | None:
+    """None if there is none that can be read."""
+    try:
         numbers: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         peaks = {name: Peak(*peak) for name, peak in numbers.pop("peaks").items()}
         return Traced(peaks=peaks, **numbers)
-    found = trace(data, precision, kind=kind)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: (peak.bytes, dict(peak.kinds)) for name, peak in found.peaks.items()}
-    write_text(file, json.dumps({**vars(found), "peaks": whole}))
-    return found
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def key(data: RunData, precision: str, kind: str) -> str:
@@ -56,7 +68,7 @@ def key(data: RunData, precision: str, kind: str) -> str:
         precision,
         kind,
         str(data.steps),
-        *(f"{name} {version(name)}" for name in PACKAGES),
+        *(f"{name} {version(name)}" for name in PACKAGES if find_spec(name)),
         _code(),
     ):
         digest.update(f"{len(text)} {text}".encode())

@@ -100,7 +100,7 @@ def time_in_words(forecast: Forecast, price: float | None = None) -> str:
         scale, unit = (1, "kWh") if energy[1] >= 0.1 else (1000, "Wh")
         parts.append(f"{energy[0] * scale:.2g} to {energy[1] * scale:.2g} {unit}")
     if price is not None:
-        parts.append(f"{run[0] / 3600 * price:.2f} to {run[1] / 3600 * price:.2f} at {price:g} an hour")
+        parts.append(f"{run[0] / 3600 * price:.2g} to {run[1] / 3600 * price:.2g} at {price:g} an hour")
     return "time: " + " · ".join(parts)
 
 

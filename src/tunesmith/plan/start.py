@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import psutil
 import torch
 
 from tunesmith.config import RunConfig
@@ -16,13 +15,15 @@ from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.phases import watching
 from tunesmith.plan.apart import FailedApartError, apart
-from tunesmith.plan.devices import Device, measured_rates
+from tunesmith.plan.devices import Device, host_memory, measured_rates
 from tunesmith.plan.forecast import Forecast, foresee, is_known
-from tunesmith.plan.ledger import Ledger
+from tunesmith.plan.ledger import WHOLE, Ledger
+from tunesmith.plan.shards import RankLedger
 from tunesmith.plan.show import in_short, time_in_words
-from tunesmith.plan.trace import first, held_out_batch, recorded
+from tunesmith.plan.trace import first, held_out_batch, recorded, states
 from tunesmith.plan.worst import worst_batch
 from tunesmith.run_data import RunData
+from tunesmith.tensors import bytes_here, local_part
 
 
 def foreseen(data: RunData, engine: SingleEngine) -> Forecast | None:
@@ -34,7 +35,7 @@ def foreseen(data: RunData, engine: SingleEngine) -> Forecast | None:
     device = device_here(engine.device, config.train.memory)
     try:
         forecast = foresee(config, device, data) if is_known(data, device) else apart(foresee, config, device)
-    except (UserError, FailedApartError) as error:  # a model that cannot be foreseen may well be trained
+    except (UserError, FailedApartError, OSError) as error:  # a model that cannot be foreseen may well be trained
         if config.train.memory is not None:
             raise UserError(f"train.memory: what the run takes cannot be foreseen ({error}); leave it out") from error
         return None
@@ -48,7 +49,7 @@ def device_here(device: torch.device, memory: int | None) -> Device:
     if device.type == "cuda":
         name, there = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     else:
-        name, there = "this machine", psutil.virtual_memory().total
+        name, there = "this machine", host_memory()
     kind = "cuda" if device.type == "cuda" else "cpu"
     return Device(name, kind, min(memory or there, there), measured_rates(kind))
 
@@ -56,9 +57,11 @@ def device_here(device: torch.device, memory: int | None) -> Device:
 def refusal(forecast: Forecast, data: RunData) -> str:
     """Why a run does not fit, and what would."""
     parts = ", ".join(f"{name} {short_bytes(size)}" for name, size in _largest(forecast.parts))
+    memory = short_bytes(forecast.device.memory)
+    limit = f"train.memory: {memory}" if data.config.train.memory else f"the {memory} of {forecast.device.name}"
     return (
-        f"train.memory: {short_bytes(forecast.device.memory)} are too little: the run would take "
-        f"{short_bytes(forecast.needed)} ({parts})\n" + remedies(forecast, data)
+        f"{limit} are too little: the run would take {short_bytes(forecast.needed)} ({parts}), as foreseen; train.foresee: "
+        "false tries it all the same\n" + remedies(forecast, data)
     )
 
 
@@ -103,10 +106,11 @@ def rehearse(run: Any) -> dict[str, int]:
 
 def _missing_state(learner: Any) -> int:
     """Bytes of optimizer state that the first update will make."""
-    shapes = {name: (p.numel(), p.element_size()) for name, p in learner.method.active().items()}
-    from tunesmith.plan.trace import states
-
-    there = sum(x.numel() * x.element_size() for x in states(learner))
+    own = {name: local_part(p.detach()) for name, p in learner.method.active().items()}
+    if any(p.device != learner.engine.device for p in own.values()):  # it waits in the host's memory
+        return 0
+    shapes = {name: (p.numel(), p.element_size()) for name, p in own.items()}
+    there = bytes_here(states(learner))
     return int(max(0, learner.method.memory(shapes).optimizer_bytes - there))
 
 
@@ -116,17 +120,26 @@ def _measured(run: Any) -> Iterator[dict[str, int]]:
     peaks: dict[str, int] = {}
     device = run.learner.engine.device
     if device.type != "cuda":
-        ledger = Ledger()
+        ledger = Ledger() if run.learner.engine.world == 1 else RankLedger()
         with recorded(run, ledger):
             yield peaks
         peaks |= {name: peak.bytes for name, peak in ledger.peaks.items()}
         return
 
+    phases = [""]
+
+    def book() -> None:
+        """What was held at most since this was last called is the present phase's."""
+        peaks[phases[-1]] = max(peaks.get(phases[-1], 0), torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+
     @contextmanager
     def watch(name: str) -> Iterator[None]:
-        torch.cuda.reset_peak_memory_stats(device)
+        book()
+        phases.append(phases[-1] if phases[-1] in WHOLE else name)
         yield
-        peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
+        book()
+        phases.pop()
 
     with watching(watch):
         yield peaks
