@@ -231,7 +231,7 @@ class TrainConfig(Section):
     the device has. Method chunk with a memory of its own keeps to that."""
     foresee: bool = True
     """Foresee memory and time before anything is loaded, and let the largest batch go through the model before the first step:
-    what does not fit then fails at once. On one device."""
+    what does not fit then fails at once. The forecast is of one device."""
 
 
 class CheckpointConfig(Section):

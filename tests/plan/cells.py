@@ -241,6 +241,8 @@ def measure(run: Run) -> Mapping[str, Peak]:
             take_step(run, batch, ledger)
             with torch.no_grad():
                 run.learner.sums(run.objective, held_out, run.helpers)
+    if config.optimizer.name == "adamw8bit":  # here it runs uncompiled
+        ledger.peaks.pop("update", None)
     return dict(ledger.peaks)
 
 

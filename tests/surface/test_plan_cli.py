@@ -50,7 +50,7 @@ def test_a_file_is_written_by_fit_alone(run_file: Path) -> None:
 def test_devices_that_are_not_known_are_named(run_file: Path) -> None:
     for target in ("run.yaml", "demo"):
         with pytest.raises(
-            UserError, match=r"'rtx4900' is not known: give its memory, such as 24GiB, or cpu, cuda, t4, .*h100"
+            UserError, match=r"'rtx4900' is not known: give its memory, such as 24GiB, or cpu, cuda, rtx3060, .*h100"
         ):
             output(target, "--device", "rtx4900")
 

@@ -307,11 +307,12 @@ def _own_code(config: ModelConfig) -> list[str]:
     if config.trust_remote_code or not file.is_file():
         return []
     settings = json.loads(file.read_text(encoding="utf-8"))
-    if settings.get("model_type") in CONFIG_MAPPING:
+    if not isinstance(settings, dict) or settings.get("model_type") in CONFIG_MAPPING:
         return []
-    return sorted(
-        {f"{name.split('--')[-1].split('.')[0]}.py" for name in settings.get("auto_map", {}).values() if name}
-    )
+    given = settings.get("auto_map")
+    names = list(given.values()) if isinstance(given, dict) else []
+    flat = [name for each in names for name in (each if isinstance(each, list) else [each]) if isinstance(name, str)]
+    return sorted({f"{name.split('--')[-1].split('.')[0]}.py" for name in flat})
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:

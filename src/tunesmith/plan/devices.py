@@ -27,7 +27,7 @@ class Rates:
     fp32: float
     """TFLOP/s of matrix products."""
     bf16: float
-    """The same in 16 bits, summed in fp32. On devices without bf16 that of fp16."""
+    """The same in bf16, summed in fp32."""
     bandwidth: float
     """GB/s that its memory gives."""
     launch_us: float
@@ -65,8 +65,6 @@ LAUNCH_US = 6.0
 
 SHEETS: dict[str, tuple[float, float, float, float, float]] = {
     # usable GiB, TFLOP/s in fp32 and in bf16 (dense, summed in fp32), GB/s, W
-    "t4": (14.6, 8.1, 65, 320, 70),
-    "v100": (31.7, 15.7, 125, 900, 300),
     "rtx3060": (11.6, 12.7, 25.5, 360, 170),
     "rtx3090": (23.6, 35.6, 71, 936, 350),
     "rtx4060ti": (15.6, 22.1, 44, 288, 165),

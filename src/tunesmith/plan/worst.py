@@ -15,18 +15,12 @@ TRIED = 8
 
 
 def worst_batch(run: Run) -> Batch:
-    """That with the largest micro-batch. Of a stream, whose end nobody knows: of full rows."""
+    """That with the largest micro-batch. Of a stream, whose end nobody knows, the first."""
     if not isinstance(run.data, Dataset):
         return run.data(0)
     steps = worst_steps(run)
     batches = [run.data(step) for step in steps]
     return max(batches, key=lambda batch: size(pieces(run, batch)))
-
-
-def worst_step(run: Run) -> int:
-    """Its number, counted from 0."""
-    steps = worst_steps(run)
-    return max(steps, key=lambda step: size(pieces(run, run.data(step))))
 
 
 def worst_steps(run: Run) -> list[int]:
