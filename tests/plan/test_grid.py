@@ -36,7 +36,7 @@ def test_work_is_that_of_torchs_counter(cell: Cell, workplace: Workplace, compar
 def test_little_is_taken_beside_tensors(cell: Cell, workplace: Workplace) -> None:
     """What kernels take inside themselves, and alignment, by torch's own count of what its allocator gives out."""
     tensors, given_out = allocated(workplace.config(cell))
-    assert 0.995 * tensors <= given_out <= 1.02 * tensors
+    assert 0.97 * tensors <= given_out <= 1.02 * tensors  # of two steps, between which experts may get other tokens
 
 
 def test_the_grid_is_wide() -> None:
