@@ -96,8 +96,7 @@ class Learner:
     def sums(self, objective: Objective, batches: Iterable[Batch], helpers: Mapping[str, Any]) -> Metrics:
         """(sum, count) of the loss and of each metric over the batches."""
         self.model.eval()
-        for p in self.method.active().values():  # those of the last step, which the next one takes anew
-            p.grad = None
+        self.method.drop_gradients()
         sums: Metrics = {}
         for batch in batches:
             for ready in objective.prepare(batch, helpers):

@@ -110,6 +110,6 @@ def test_foreseeing_leaves_no_trace_in_the_process_that_trains(make_config: Make
 
 
 def test_a_failing_planner_stops_no_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "is_known", lambda *given: False)
+    monkeypatch.setattr(start, "known", lambda *given: None)
     monkeypatch.setattr(start, "foresee", no_answer)
     assert train(make_config(train={"foresee": True})).finished

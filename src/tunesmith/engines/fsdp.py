@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import MethodType
@@ -45,7 +44,7 @@ from tunesmith.engines.tensor_parallel import check_replicated, check_tensor_par
 from tunesmith.errors import UserError
 from tunesmith.models.head import Head
 from tunesmith.models.load import HeadKind, blocks, is_multimodal, load_config
-from tunesmith.models.probe import find_head
+from tunesmith.models.probe import find_head_by
 from tunesmith.models.save import save_adapter, save_sharded
 from tunesmith.models.score import ALL, Columns
 from tunesmith.models.sharded import Checkpoint, empty_model, why_whole
@@ -193,10 +192,7 @@ class FsdpEngine(SingleEngine):
         self.let_go(model)
 
     def _head_of(self, model: Any) -> Head:
-        if self.checkpoint is None:
-            return super()._head_of(model)
-        small = find_head(self.small)
-        return small if small.linear is None else replace(small, linear=model.get_output_embeddings())
+        return super()._head_of(model) if self.checkpoint is None else find_head_by(self.small, model)
 
     def _move(self, model: Any) -> None:
         if not self.is_sharded:  # FSDP moves no more than a rank's part

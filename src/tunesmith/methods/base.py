@@ -168,8 +168,7 @@ class Method:
         """What `step` does before anything changes."""
         self.ready(several=len(micro_batches) > 1)
         self.gradient(loss_fn, micro_batches)
-        for p in self.active().values():
-            p.grad = None
+        self.drop_gradients()
 
     def unlike_steps(self) -> Iterator[None]:
         """Stands before one after the other of those steps that differ in the memory they take, as they are when training has
@@ -183,8 +182,7 @@ class Method:
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         with phase("update"):
             self.update(0.0)
-        for p in self.active().values():
-            p.grad = None
+        self.drop_gradients()
 
     def ready(self, several: bool) -> None:
         """Choose what trains at the next step, and how its gradients are kept. several: they are sums over micro-batches."""
@@ -192,6 +190,11 @@ class Method:
     def active(self) -> dict[str, nn.Parameter]:
         """What collects gradients at this step."""
         return self.params
+
+    def drop_gradients(self) -> None:
+        """Free what the last step has left."""
+        for p in self.active().values():
+            p.grad = None
 
     def update(self, lr: float) -> None:
         """Change the parameters by their gradients."""
@@ -207,8 +210,7 @@ class Method:
                     loss.backward()
             return {"loss": loss.detach(), **more}
 
-        for p in self.active().values():
-            p.grad = None
+        self.drop_gradients()
         return self.total(part(micro_batch) for micro_batch in micro_batches)
 
     def total(self, parts: Iterable[Metrics]) -> Metrics:

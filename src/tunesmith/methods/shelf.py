@@ -25,12 +25,13 @@ class Shelf:
     """Tensors by key and name, off the device. comes_ahead: what `fetch` asks for takes memory of the device from then on."""
 
     def __init__(self, device: torch.device, on_disk: bool, eight_bit: bool, comes_ahead: bool = False) -> None:
-        self.device, self.eight_bit, self.comes_ahead = device, eight_bit, comes_ahead
+        self.device, self.eight_bit = device, eight_bit
         self.file = TensorFile() if on_disk else None
         self.kept: dict[str, State] = {}
         self.layouts: dict[str, dict[str, Any]] = {}
         self.ahead: dict[str, tuple[State, torch.cuda.Event | None]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.comes_ahead = comes_ahead or self.stream is not None  # which also waits for copies that are still leaving
         self.leaving: list[torch.cuda.Event] = []
 
     def put(self, key: str, state: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ def find_head(model: Any) -> Head:
         if torch.allclose(head.transform(raw), expected, rtol=_tolerance(model), atol=_tolerance(model)):
             return head
     return Head(None)
+
+
+def find_head_by(small: Any, model: Any) -> Head:
+    """The same of a model whose weights are not there: its small sibling, in fp32, tells the rule."""
+    with torch.autocast("cpu", enabled=False):
+        found = find_head(small)
+    return found if found.linear is None else replace(found, linear=model.get_output_embeddings())
 
 
 def _candidates(linear: nn.Module, config: Any) -> list[Head]:

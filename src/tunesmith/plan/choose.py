@@ -22,7 +22,7 @@ from tunesmith.engines.single import find_device, find_precision
 from tunesmith.errors import UserError
 from tunesmith.methods import METHODS
 from tunesmith.plan.apart import FailedApartError, apart
-from tunesmith.plan.devices import host_memory
+from tunesmith.plan.devices import memory_of
 from tunesmith.plan.ranks import needed, plan_on
 from tunesmith.run_data import RunData, open_data
 from tunesmith.tensors import from_all
@@ -85,11 +85,8 @@ def ranks_of(kind: str, told: Iterable[tuple[str, int]]) -> Ranks:
 
 def _memory_here(device: torch.device, limit: int | None) -> int:
     """Bytes that a rank sees; on the CPU those of all of its host's ranks. limit: what a rank may take."""
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-        return min(limit or there, there)
-    there = host_memory()
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", place().world))
+    there = memory_of(device)
+    ranks_here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", place().world))
     return min(limit * ranks_here if limit else there, there)
 
 

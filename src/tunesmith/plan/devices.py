@@ -99,12 +99,18 @@ def find_device(name: str | None) -> Device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device: cuda: there is none here; name one of the table, such as rtx4090, or its memory")
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return Device(torch.cuda.get_device_name(), "cuda", memory, measured_rates("cuda"))
+        return Device(torch.cuda.get_device_name(), "cuda", memory_of(torch.device("cuda", 0)), measured_rates("cuda"))
     if size := bytes_of(name):
         return Device(name, "cuda", size)
     known = ", ".join(SHEETS)
     raise UserError(f"--device: {name!r} is not known: give its memory, such as 24GiB, or cpu, cuda, {known}")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a device that is here; on the CPU those that this process may come to hold."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory()
 
 
 def host_memory() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from tunesmith.config import ModelConfig
 from tunesmith.engines.single import SingleEngine, own_memory
 from tunesmith.models.head import Head
 from tunesmith.models.load import HeadKind, know_padding, shape_of_model
-from tunesmith.models.probe import find_head
+from tunesmith.models.probe import find_head_by
 from tunesmith.models.sibling import sibling
 from tunesmith.plan.ledger import place_of
 from tunesmith.plan.shadow import Shadow
@@ -56,9 +55,7 @@ class Foreseen(SingleEngine):
         return model
 
     def _head_of(self, model: Any) -> Head:
-        with torch.autocast("cpu", enabled=False):
-            small = find_head(self.small)
-        return small if small.linear is None else replace(small, linear=model.get_output_embeddings())
+        return find_head_by(self.small, model)
 
     def _move(self, model: Any) -> None:
         """Nothing is there to move."""

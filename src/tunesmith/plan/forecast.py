@@ -11,7 +11,7 @@ from tunesmith.data.dataset import Dataset
 from tunesmith.engines import with_engine
 from tunesmith.methods import METHODS
 from tunesmith.plan import kept
-from tunesmith.plan.devices import Device
+from tunesmith.plan.devices import Device, Rates
 from tunesmith.plan.trace import Traced
 from tunesmith.run_data import RunData, open_data
 
@@ -103,19 +103,24 @@ ORDER = (
 def foresee(config: RunConfig, device: Device, data: RunData | None = None) -> Forecast:
     """Plan a run on one device. data: what it trains on, if that has been read. Raises UserError."""
     data = as_foreseen(data or open_data(with_engine(config)), device)
-    config, precision = data.config, data.config.model.precision
+    return _forecast(data, device, kept.traced(data, data.config.model.precision, device.kind))
+
+
+def known(data: RunData, device: Device) -> Forecast | None:
+    """The same if it has been asked before; else None."""
+    data = as_foreseen(data, device)
+    traced = kept.known(data, data.config.model.precision, device.kind)
+    return None if traced is None else _forecast(data, device, traced)
+
+
+def _forecast(data: RunData, device: Device, traced: Traced) -> Forecast:
+    config = data.config
     samples = config.train.batch_size
     if isinstance(data.batches, Dataset):
         tokens = data.batches.epoch_tokens / data.batches.epoch_samples * samples
     else:
         tokens = float(data.samples.lengths().sum(1).mean()) * samples
-    return Forecast(config, device, precision, kept.traced(data, precision, device.kind), data.steps, samples, tokens)
-
-
-def is_known(data: RunData, device: Device) -> bool:
-    """Whether this has been foreseen before, and the answer is kept."""
-    data = as_foreseen(data, device)
-    return kept.is_known(data, data.config.model.precision, device.kind)
+    return Forecast(config, device, config.model.precision, traced, data.steps, samples, tokens)
 
 
 def as_foreseen(data: RunData, device: Device) -> RunData:
@@ -125,18 +130,17 @@ def as_foreseen(data: RunData, device: Device) -> RunData:
 
 def settled(config: RunConfig, device: Device) -> RunConfig:
     """The configuration with what is found out when a run begins there: its precision, and whether sequences share rows."""
-    precision = {"precision": foreseen_precision(config, device)}
+    precision = {"precision": foreseen_precision(config, device.rates)}
     pack = {} if config.data.pack is not None or device.kind == "cpu" else {"pack": True}
     return config.model_copy(
         update={"model": config.model.model_copy(update=precision), "data": config.data.model_copy(update=pack)}
     )
 
 
-def foreseen_precision(config: RunConfig, device: Device) -> str:
-    """What `model.precision: auto` comes to there."""
+def foreseen_precision(config: RunConfig, rates: Rates | None) -> str:
+    """What `model.precision: auto` comes to on a device of these rates; of unknown ones, if it multiplies bf16 fast."""
     if config.model.precision != "auto":
         return config.model.precision
-    rates = device.rates
     if rates is not None and rates.bf16 < rates.fp32 / 0.75:
         return "fp32"
     return "mixed" if METHODS[config.method.name].needs_fp32_weights(config.method) else "bf16"

@@ -26,22 +26,26 @@ PACKAGES = ("torch", "transformers", "peft", "torchao")
 """What a trace depends on beside the program itself."""
 
 
-def is_known(data: RunData, precision: str, kind: str) -> bool:
-    """Whether `traced` would take no time."""
-    return _read(cache_folder() / "plans" / f"{key(data, precision, kind)}.json") is not None
+def known(data: RunData, precision: str, kind: str) -> Traced | None:
+    """What has been traced before; None if nothing has."""
+    return _read(_file(data, precision, kind))
 
 
 def traced(data: RunData, precision: str, kind: str) -> Traced:
     """As `trace`, which is not asked again for what it has said once."""
-    file = cache_folder() / "plans" / f"{key(data, precision, kind)}.json"
-    if (known := _read(file)) is not None:
-        return known
+    file = _file(data, precision, kind)
+    if (before := _read(file)) is not None:
+        return before
     found = trace(data, precision, kind=kind)
     whole = {name: (peak.bytes, dict(peak.kinds)) for name, peak in found.peaks.items()}
     with suppress(OSError, UserError):  # then it is found again the next time
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({**vars(found), "peaks": whole}))
     return found
+
+
+def _file(data: RunData, precision: str, kind: str) -> Path:
+    return cache_folder() / "plans" / f"{key(data, precision, kind)}.json"
 
 
 def _read(file: Path) -> Traced | None:

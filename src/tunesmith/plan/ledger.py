@@ -61,6 +61,22 @@ class Peak(NamedTuple):
     """Of it, by what it is for."""
 
 
+class Peaks:
+    """What is known of a step whose peaks have been seen."""
+
+    peaks: Mapping[str, Peak]
+    """By phase: forward, logits, backward, update, evaluation, reference, and between them ("")."""
+
+    @property
+    def phase(self) -> str:
+        """When the most is held."""
+        return max(self.peaks, key=lambda name: self.peaks[name].bytes)
+
+    @property
+    def peak(self) -> Peak:
+        return self.peaks[self.phase]
+
+
 class Work(NamedTuple):
     """What was computed."""
 

@@ -22,13 +22,12 @@ from tunesmith.engines.fsdp import FsdpEngine, mesh_shape
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
-from tunesmith.methods import METHODS
 from tunesmith.phases import watching
 from tunesmith.plan.devices import CONTEXT
 from tunesmith.plan.engine import Foreseen
-from tunesmith.plan.forecast import GAPS, HELD
+from tunesmith.plan.forecast import GAPS, HELD, foreseen_precision
 from tunesmith.plan.helpers import foreseen_helpers
-from tunesmith.plan.ledger import Peak
+from tunesmith.plan.ledger import Peak, Peaks
 from tunesmith.plan.rows import full_rows
 from tunesmith.plan.shadow import Shadow
 from tunesmith.plan.shards import RankLedger
@@ -41,14 +40,13 @@ from tunesmith.types import Batch
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Peaks):
     """Of one rank: bytes that it holds, and what a step sends and computes."""
 
     shape: tuple[int, int, int, int]
     """Ranks along replicate, shard, context and tensor."""
     precision: str
     peaks: Mapping[str, Peak]
-    """Bytes by phase: forward, logits, backward, update, evaluation, reference, and between them ("")."""
     held: Mapping[str, int]
     """Bytes of weights, gradients and optimizer state, which stay from step to step or until the update."""
     traffic: Mapping[tuple[str, str], Count]
@@ -63,15 +61,6 @@ class Plan:
     """Of a step, if all its micro-batches were as large."""
     is_read: bool
     """Whether the data was there, and this is of its largest batch; else every sample has data.max_tokens."""
-
-    @property
-    def phase(self) -> str:
-        """When the most is held."""
-        return max(self.peaks, key=lambda name: self.peaks[name].bytes)
-
-    @property
-    def peak(self) -> Peak:
-        return self.peaks[self.phase]
 
 
 class ForeseenRank(Foreseen, FsdpEngine):
@@ -120,7 +109,7 @@ def plan_on(data: RunData, world: int, is_read: bool = True) -> Plan:
     """The same on data that has been read, with engine fsdp. Raises UserError."""
     config, shadow = data.config, Shadow()
     with process_group(world), ExitStack() as stack:
-        engine = ForeseenRank(config.engine, _precision(config), shadow, stack, world)
+        engine = ForeseenRank(config.engine, foreseen_precision(config, None), shadow, stack, world)
         try:
             run = assemble(data, engine, unwatched, foreseen_helpers)
             with shadow.off():
@@ -253,13 +242,6 @@ def _data(config: RunConfig) -> RunData | None:
     except UserError:
         return None
     return open_data(config)
-
-
-def _precision(config: RunConfig) -> str:
-    """auto is taken for devices that multiply bf16 fast."""
-    if config.model.precision != "auto":
-        return config.model.precision
-    return "mixed" if METHODS[config.method.name].needs_fp32_weights(config.method) else "bf16"
 
 
 def _with_fsdp(config: RunConfig, world: int) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.phases import watching
 from tunesmith.plan.apart import FailedApartError, apart
-from tunesmith.plan.devices import Device, host_memory, measured_rates
-from tunesmith.plan.forecast import Forecast, foresee, is_known
+from tunesmith.plan.devices import Device, measured_rates, memory_of
+from tunesmith.plan.fit import nearest
+from tunesmith.plan.forecast import Forecast, foresee, known
 from tunesmith.plan.ledger import WHOLE, Ledger
 from tunesmith.plan.shards import RankLedger
 from tunesmith.plan.show import in_short, time_in_words
-from tunesmith.plan.trace import first, held_out_batch, recorded, states
+from tunesmith.plan.trace import first, held_out_batch, recorded
 from tunesmith.plan.worst import worst_batch
 from tunesmith.run_data import RunData
 from tunesmith.tensors import bytes_here, local_part
@@ -34,7 +35,7 @@ def foreseen(data: RunData, engine: SingleEngine) -> Forecast | None:
         return None
     device = device_here(engine.device, config.train.memory)
     try:
-        forecast = foresee(config, device, data) if is_known(data, device) else apart(foresee, config, device)
+        forecast = known(data, device) or apart(foresee, config, device)
     except (UserError, FailedApartError, OSError) as error:  # a model that cannot be foreseen may well be trained
         if config.train.memory is not None:
             raise UserError(f"train.memory: what the run takes cannot be foreseen ({error}); leave it out") from error
@@ -46,11 +47,8 @@ def foreseen(data: RunData, engine: SingleEngine) -> Forecast | None:
 
 def device_here(device: torch.device, memory: int | None) -> Device:
     """The engine's device. memory: what of it the run may take."""
-    if device.type == "cuda":
-        name, there = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    else:
-        name, there = "this machine", host_memory()
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    there = memory_of(device)
+    name, kind = (torch.cuda.get_device_name(device), "cuda") if device.type == "cuda" else ("this machine", "cpu")
     return Device(name, kind, min(memory or there, there), measured_rates(kind))
 
 
@@ -67,8 +65,6 @@ def refusal(forecast: Forecast, data: RunData) -> str:
 
 def remedies(forecast: Forecast, data: RunData) -> str:
     """The nearest settings that fit, a line each."""
-    from tunesmith.plan.fit import nearest
-
     found = nearest(forecast, data)
     lines = [f"  {' '.join(fit.overrides)}   {fit.what}: {short_bytes(fit.needed)}" for fit in found]
     return "\n".join(["what would fit:", *lines] if lines else ["nothing that is known would make it fit"])
@@ -87,14 +83,13 @@ def rehearse(run: Any) -> dict[str, int]:
     """Let the run's largest batch, and the largest held-out one, go through the model before the first step, beside as much
     memory as the optimizer will hold. Nothing is changed by it. Returns bytes at the peak, by phase."""
     learner = run.learner
-    with ExitStack() as stack:
-        batch, held_out = worst_batch(run), held_out_batch(run)
-        if learner.engine.world == 1:  # where ranks share a batch out, its first rows are one rank's
-            batch = first(run, batch)
-            held_out = None if held_out is None else first(run, held_out)
-        learner.engine.seed(run.config.seed, 0)
-        missing = _missing_state(learner)
-        peaks = stack.enter_context(_measured(run))
+    batch, held_out = worst_batch(run), held_out_batch(run)
+    if learner.engine.world == 1:  # where ranks share a batch out, its first rows are one rank's
+        batch = first(run, batch)
+        held_out = None if held_out is None else first(run, held_out)
+    learner.engine.seed(run.config.seed, 0)
+    missing = _missing_state(learner)
+    with _measured(run) as peaks:
         room = torch.zeros(missing, dtype=torch.uint8, device=learner.engine.device)
         for ready in run.objective.prepare(batch, run.helpers):
             learner.rehearse(run.objective, ready)
@@ -110,7 +105,7 @@ def _missing_state(learner: Any) -> int:
     if any(p.device != learner.engine.device for p in own.values()):  # it waits in the host's memory
         return 0
     shapes = {name: (p.numel(), p.element_size()) for name, p in own.items()}
-    there = bytes_here(states(learner))
+    there = bytes_here(learner.method.states())
     return int(max(0, learner.method.memory(shapes).optimizer_bytes - there))
 
 

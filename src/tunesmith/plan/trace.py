@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tunesmith.assemble import Run, assemble
 from tunesmith.config import RunConfig
 from tunesmith.data.dataset import EvaluationBatches
+from tunesmith.data.prepare import unwatched
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.methods.noise import quantiles
 from tunesmith.phases import watching
 from tunesmith.plan.engine import ForeseenEngine
 from tunesmith.plan.helpers import foreseen_helpers
-from tunesmith.plan.ledger import Ledger, Peak, Work
+from tunesmith.plan.ledger import Ledger, Peak, Peaks, Work
 from tunesmith.plan.shadow import Shadow
 from tunesmith.plan.worst import largest_first, pieces, size, worst_batch
 from tunesmith.run_data import RunData
@@ -35,11 +35,10 @@ TRACED = 2
 
 
 @dataclass(frozen=True)
-class Traced:
+class Traced(Peaks):
     """One step, and what comes before and after it."""
 
     peaks: Mapping[str, Peak]
-    """By phase: forward, logits, backward, update, evaluation, reference, and between them ("")."""
     rows: int
     """Of the largest micro-batch."""
     width: int
@@ -55,19 +54,9 @@ class Traced:
     parameters: int
     trained: int
 
-    @property
-    def phase(self) -> str:
-        """When the most is held."""
-        return max(self.peaks, key=lambda name: self.peaks[name].bytes)
 
-    @property
-    def peak(self) -> Peak:
-        return self.peaks[self.phase]
-
-
-def trace(data: RunData, precision: str, whole_step: bool = False, kind: str | None = None) -> Traced:
-    """Foresee a run on one device. whole_step: all micro-batches of the step, and not only the first. kind: of the device, cuda
-    or cpu, if another is meant than the run's. Raises UserError."""
+def trace(data: RunData, precision: str, kind: str | None = None) -> Traced:
+    """Foresee a run on one device. kind: of the device, cuda or cpu, if another is meant than the run's. Raises UserError."""
     config = data.config
     keep_numbers(config)
     shadow = Shadow()
@@ -75,11 +64,11 @@ def trace(data: RunData, precision: str, whole_step: bool = False, kind: str | N
     with ExitStack() as stack:
         engine = ForeseenEngine(config.engine, precision, shadow, stack, is_apart)
         try:
-            run = assemble(data, engine, lambda what, number: None, foreseen_helpers)
+            run = assemble(data, engine, unwatched, foreseen_helpers)
             with shadow.off():
                 batch, held_out = worst_batch(run), held_out_batch(run)
             held_out = None if held_out is None else first(run, held_out)
-            return _trace(run, shadow, batch if whole_step else first(run, batch), held_out)
+            return _trace(run, first(run, batch), held_out)
         except RuntimeError as error:  # torch's for what needs numbers
             raise UserError(
                 f"{config.model.path}: this model cannot be foreseen, since it does not compute with tensors without numbers "
@@ -98,7 +87,7 @@ def keep_numbers(config: RunConfig) -> None:
         get_qmap_unsigned()
 
 
-def _trace(run: Run, shadow: Shadow, batch: Batch, held_out: Batch | None) -> Traced:
+def _trace(run: Run, batch: Batch, held_out: Batch | None) -> Traced:
     learner = run.learner
     ledger = Ledger(("on disk", "on the host") if learner.engine.is_apart else ("on disk",))
     work: list[Work] = []
@@ -146,7 +135,7 @@ def take_step(run: Run, batch: Batch, ledger: Ledger) -> None:
     """One update on a batch."""
     for ready in run.objective.prepare(batch, run.helpers):
         run.learner.step(run.objective, ready, 1e-6)
-    ledger.name(states(run.learner), "optimizer state")
+    ledger.name(run.learner.method.states(), "optimizer state")
 
 
 @contextmanager
@@ -160,7 +149,7 @@ def recorded(run: Run, ledger: Ledger) -> Iterator[None]:
 
     def hear(phase: str) -> AbstractContextManager[None]:
         if phase == "forward":  # what trains may be another with every step
-            ledger.name(states(run.learner), "optimizer state")
+            ledger.name(run.learner.method.states(), "optimizer state")
             for p in run.learner.method.active().values():
                 if not p._post_accumulate_grad_hooks:
                     handles.append(p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients")))
@@ -177,18 +166,13 @@ def _name_held(learner: Learner, ledger: Ledger, helpers: Mapping[str, Any]) -> 
     for name, p in learner.model.named_parameters():
         ledger.name([p.detach()], "adapter" if "lora_" in name else "weights")
     ledger.name(learner.model.buffers(), "weights")
-    ledger.name(states(learner), "optimizer state")
+    ledger.name(learner.method.states(), "optimizer state")
     ledger.name(learner.method.waiting(), "on the host")
     for helper in helpers.values():
         if (model := getattr(helper, "model", None)) is not None:
             ledger.name([*model.parameters(), *model.buffers()], "reference and teacher")
     if learner.method.start:
         ledger.name(learner.method.start.values(), "reference and teacher")
-
-
-def states(learner: Learner) -> list[Tensor]:
-    """What the method keeps beside what it trains."""
-    return learner.method.states()
 
 
 def _kind(device: str) -> str:
