@@ -13,8 +13,8 @@ _watchers: list[Watcher] = []
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Inside, the run does this: forward, logits, backward, update, evaluation, reference, generation; host, disk:
-    it puts aside what waits there."""
+    """Inside, the run does this: forward, logits, backward, update, evaluation, reference, generation,
+    saving; host, disk: it puts aside what waits there."""
     with ExitStack() as stack:
         for watcher in _watchers:
             stack.enter_context(watcher(name))

@@ -21,7 +21,7 @@ from tunesmith.data.dataset import EvaluationBatches
 from tunesmith.engines import with_engine
 from tunesmith.plan.flops import FORMULAS
 from tunesmith.plan.ledger import Ledger, Peak
-from tunesmith.plan.trace import Traced, first, recorded, take_step, trace
+from tunesmith.plan.trace import Traced, first, first_of_two_alike, recorded, take_step, trace
 from tunesmith.plan.worst import worst_batch
 from tunesmith.run import build
 from tunesmith.run_data import open_data
@@ -74,6 +74,8 @@ CELLS = (
     Cell("llama", "chunk", of_method=CHUNK, precision="bf16"),
     Cell("llama", "chunk", of_method=CHUNK | {"state": "8bit", "offload": "host"}, precision="bf16", tokens=LONG),
     Cell("llama", "chunk", of_method=CHUNK | {"memory": "64GiB"}, pack=True),
+    Cell("llama", "chunk", of_method=CHUNK | {"weights": "stream", "offload": "host"}, precision="bf16", checkpointing=True),
+    Cell("qwen3", "chunk", of_method=CHUNK | {"weights": "stream", "offload": "disk"}, tokens=LONG),
     Cell("llama", "chunk", of_method=CHUNK | {"rounding": "stochastic"}, precision="bf16", micro_batches=1),
     Cell("llama", "zeroth", of_method=PROBES | {"scorer": "batched"}, precision="bf16", optimizer=SGD),
     Cell("llama", "zeroth", of_method=PROBES | {"scorer": "in_place", "directions": "dense"}, optimizer=SGD),
@@ -249,6 +251,8 @@ def measure(run: Run) -> Mapping[str, Peak]:
 def counted_flops(run: Run) -> int:
     """Of a step of what is traced, on average over the steps that differ."""
     batch, number = first(run, worst_batch(run)), num_turns(run)
+    alike = first_of_two_alike(run, batch)
+    batch = batch if alike is None else alike
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         for _ in range(number):
             for ready in run.objective.prepare(batch, run.helpers):

@@ -59,7 +59,7 @@ def test_rows_without_data_are_full(config_alone: Callable[..., str]) -> None:
     data = full_rows(config)
     assert data.samples.lengths().tolist() == [[128], [128]]
     traced = foresee(config, DEVICE, data).traced
-    assert (traced.rows, traced.width, traced.tokens) == (1, 128, 256)
+    assert (traced.rows, traced.width, traced.tokens) == (1, 128, 128)
     longer = config_of(config_alone(), "full", 256, ())
     assert foresee(longer, DEVICE, full_rows(longer)).needed > foresee(config, DEVICE, data).needed
 

@@ -66,13 +66,17 @@ class Dataset:
         return round(sum(draws * part.lengths()[chosen].sum(axis=1).mean() for part, chosen, draws in parts if draws))
 
     def indices(self, step: int) -> list[int]:
-        """The samples of a step.
+        """The samples of a step."""
+        return self.indices_of(step, step + 1).tolist()
+
+    def indices_of(self, first: int, behind: int) -> np.ndarray:
+        """The samples of the steps from `first` to the one before `behind`, one after the other; int64.
 
         An epoch is a permutation of its draws. Draw d of a set is the d-th of an endless walk through the set, pass after
         pass, each in its own order: so every sample of a set is seen equally often, whatever the set's share.
         """
-        start = step * self.batch_size
-        stop = start + self.batch_size if self.last is None else min(start + self.batch_size, self.last)
+        start, stop = first * self.batch_size, behind * self.batch_size
+        stop = stop if self.last is None else min(stop, self.last)
         epochs, positions = np.divmod(np.arange(start, stop), self.epoch_samples)
         found = np.zeros(stop - start, np.int64)
         ends = np.cumsum(self.draws)
@@ -85,7 +89,7 @@ class Dataset:
                 mine, size = of_set == n, len(self.samples.chosen[n])
                 draw = epoch * self.draws[n] + slots[mine] - (ends[n] - self.draws[n])
                 found[here[mine]] = firsts[n] + self._walk(draw, size, n)
-        return found.tolist()
+        return found
 
     def _walk(self, draws: np.ndarray, size: int, of_set: int) -> np.ndarray:
         """Draws of one set → its samples."""

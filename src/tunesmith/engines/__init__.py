@@ -39,10 +39,11 @@ def with_engine(config: RunConfig) -> RunConfig:
 def _shards_or_copies(config: RunConfig, shards: FsdpConfig, world: int) -> FsdpConfig:
     """Copies for what cannot be cut. Which of the ways that are left is best is for `plan/choose.py` to say."""
     copies = shards.model_copy(update={"replicate": world})
-    return shards if _is_able(config, shards, world) or not _is_able(config, copies, world) else copies
+    return shards if is_able(config, shards, world) or not is_able(config, copies, world) else copies
 
 
-def _is_able(config: RunConfig, engine: FsdpConfig, world: int) -> bool:
+def is_able(config: RunConfig, engine: FsdpConfig, world: int) -> bool:
+    """Whether a run can be shared out like this over so many ranks."""
     try:
         FsdpEngine.check_for(config.model_copy(update={"engine": engine}), world)
     except UserError:
@@ -55,4 +56,4 @@ def build_engine(config: Any, precision: str, needs_fp32_weights: bool = False) 
     return ENGINES[config.name](config, precision, needs_fp32_weights)
 
 
-__all__ = ["ENGINES", "SingleEngine", "build_engine", "with_engine"]
+__all__ = ["ENGINES", "SingleEngine", "build_engine", "is_able", "with_engine"]

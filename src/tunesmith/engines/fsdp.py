@@ -283,9 +283,9 @@ class FsdpEngine(SingleEngine):
         self.let_go(model)
         save_sharded(model, folder, self.group.rank, self.group.world)
 
-    def save_adapter(self, peft_model: Any, folder: Path) -> None:
+    def save_adapter(self, peft_model: Any, folder: Path, **options: Any) -> None:
         self.let_go(peft_model)
-        save_adapter(peft_model, folder, self.group.rank)
+        save_adapter(peft_model, folder, self.group.rank, **options)
 
     def reduce(self, grads: Mapping[str, Tensor]) -> None:
         """Sum what FSDP has not: over parts of the batch the gradients of weights that every rank holds whole, and over parts

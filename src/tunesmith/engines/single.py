@@ -19,6 +19,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.head import Head
 from tunesmith.models.load import HeadKind, blocks, load_model
 from tunesmith.models.probe import find_head
+from tunesmith.models.save import save_sharded
 from tunesmith.models.score import ALL, Columns, hidden_of_targets, score
 from tunesmith.plan.activations import Activations, measure
 from tunesmith.types import Batch, Scores, Wanted
@@ -175,12 +176,12 @@ class SingleEngine:
         """Forget what has been gathered of weights that other ranks hold, since they have changed."""
 
     def save_model(self, model: Any, folder: Path) -> None:
-        """Write what transformers loads as is. Where ranks hold parts of the model, all of them call this."""
-        model.save_pretrained(folder)
+        """Write what transformers loads as is, a tensor at a time. Where ranks hold parts of it, all of them call this."""
+        save_sharded(model, folder, rank=0, world=1)
 
-    def save_adapter(self, peft_model: Any, folder: Path) -> None:
-        """The same of what PEFT loads."""
-        peft_model.save_pretrained(folder)
+    def save_adapter(self, peft_model: Any, folder: Path, **options: Any) -> None:
+        """The same of what PEFT loads. options: of its `save_pretrained`."""
+        peft_model.save_pretrained(folder, **options)
 
     def memory_bytes(self) -> int:
         """Peak of the accelerator's allocator; on the CPU what the process holds, which never falls (`keep_freed_memory`)."""

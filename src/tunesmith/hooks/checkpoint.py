@@ -18,6 +18,7 @@ from tunesmith.engines.checkpoint import NotWritten
 from tunesmith.hooks.log import Log
 from tunesmith.learner import Learner
 from tunesmith.objectives import Objective
+from tunesmith.phases import phase
 from tunesmith.run_folder import RunFolder
 from tunesmith.tensors import bytes_here, copied
 
@@ -56,9 +57,10 @@ class Checkpoint:
             return
         engine = learner.engine
         engine.group.at(step, "checkpoint")
-        state = learner.method.state_dict() | {"objective": self.objective.state_dict()}
-        beside = not is_last and self._goes_beside(state, learner)
-        state = copied(state) if beside else state
+        with phase("saving"):
+            state = learner.method.state_dict() | {"objective": self.objective.state_dict()}
+            beside = not is_last and self._goes_beside(state, learner)
+            state = copied(state) if beside else state
         write = partial(engine.save_checkpoint, self.folder.checkpoints, step, state, self.config.keep)
         # ranks that have lost another one end without waiting for what cannot be completed
         self.written = step, _run(write, beside, daemon=engine.group.world > 1)

@@ -61,16 +61,21 @@ class Chunk(Method):
                 raise UserError(
                     "method.weights: only a language model's blocks can be streamed: leave weights at resident"
                 )
-            if any(is_hollow(p) for p in model.parameters()):
-                raise UserError("method.weights: what a run takes whose blocks are streamed is not foreseen")
-            on_disk = self._waits_on_disk(torch.accelerator.is_available())
-            self.stream = WeightStream([block for _, block in blocks(model)], on_disk)
+            if not any(
+                is_hollow(p) for p in model.parameters()
+            ):  # of a plan they are made anew on their way to the device
+                self._put_aside(model, torch.accelerator.is_available())
+
+    def _put_aside(self, model: Any, has_accelerator: bool) -> None:
+        self.stream = WeightStream([block for _, block in blocks(model)], self._waits_on_disk(has_accelerator))
 
     def _waits_on_disk(self, has_accelerator: bool) -> bool:
         return self.config.offload == "disk" or (self.config.offload == "auto" and not has_accelerator)
 
     def bind(self, model: nn.Module, engine: EngineLike) -> None:
         self.engine, self.model = engine, model
+        if self.config.weights == "stream" and self.stream is None:
+            self._put_aside(model, engine.is_apart)
         frozen = matching(model, self.config.frozen, "method.frozen")
         always = matching(model, self.config.always, "method.always")
         if head_kind(model) != "language":  # it may start at random
@@ -199,7 +204,7 @@ class Chunk(Method):
         return present + [x for state, _ in self.shelf.ahead.values() for x in state.values()]
 
     def waiting(self) -> list[Tensor]:
-        return self.shelf.in_memory()
+        return self.shelf.in_memory() + ([] if self.stream is None else self.stream.in_memory())
 
     def update(self, lr: float) -> None:
         for trainee in self.trainees:

@@ -124,10 +124,10 @@ class Lora(Method):
             assert self.start is not None, "bind keeps it"
             self._copy_in(self.start)
             self.peft_model.peft_config["default"].init_lora_weights = True  # the adapter is saved as an ordinary one
-            self.peft_model.save_pretrained(start)
+            self.engine.save_adapter(self.peft_model, Path(start))
             self._copy_in(trained)
             self.peft_model.peft_config["default"].init_lora_weights = "pissa"
-            self.peft_model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+            self.engine.save_adapter(self.peft_model, folder, path_initial_model_for_weight_conversion=start)
 
     @torch.no_grad()
     def _copy_in(self, values: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tunesmith.methods.shelf import TensorFile
+from tunesmith.phases import phase
+from tunesmith.tensors import is_hollow
 
 WINDOW = 2
 """Blocks on the device beside those that train: the one that computes, and the next."""
@@ -46,7 +48,9 @@ class WeightStream:
             aside = {p: self.file.keep(f"{id(p)} {name}", p.data) for name, p in block.named_parameters()}
         else:
             sizes = {p: -(-p.numel() * p.element_size() // 64) * 64 for p in block.parameters()}
-            memory = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            pin = torch.cuda.is_available() and not any(map(is_hollow, sizes))
+            with phase("host"):
+                memory = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=pin)
             aside = {}
             for p, part in zip(sizes, memory.split(list(sizes.values())), strict=True):
                 aside[p] = part[: p.numel() * p.element_size()].view(p.dtype).view(p.shape).copy_(p.data)
@@ -119,6 +123,10 @@ class WeightStream:
         self.held = frozenset(numbers)
         for number in self.held:
             self.bring(number)
+
+    def in_memory(self) -> list[Tensor]:
+        """What waits in the host's memory."""
+        return [] if self.file is not None else [x for aside in self.waiting for x in aside.values()]
 
     def write_back(self) -> None:
         """Copy the weights of held blocks to where they wait."""

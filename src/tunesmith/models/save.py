@@ -124,8 +124,8 @@ def _write(
 
 
 @torch.no_grad()
-def save_adapter(peft_model: Any, folder: Path, rank: int) -> None:
-    """What `peft_model.save_pretrained(folder)` writes, of sharded parameters. All ranks call it, rank 0 writes."""
+def save_adapter(peft_model: Any, folder: Path, rank: int, **options: Any) -> None:
+    """What `peft_model.save_pretrained(folder, **options)` writes, of sharded parameters. All ranks call it, rank 0 writes."""
     from peft import get_peft_model_state_dict
 
     tensors = dict(peft_model.state_dict(keep_vars=True))
@@ -137,4 +137,4 @@ def save_adapter(peft_model: Any, folder: Path, rank: int) -> None:
             full = whole(tensors[name]).detach()
             gathered |= {name: full.cpu()} if rank == 0 else {}
     if rank == 0:
-        peft_model.save_pretrained(folder, state_dict=gathered)
+        peft_model.save_pretrained(folder, state_dict=gathered, **options)

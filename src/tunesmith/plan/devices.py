@@ -34,6 +34,8 @@ class Rates:
     """What each operation takes at least, in µs."""
     reach: tuple[float, float]
     """Which share of the rates a training step comes to, from … to."""
+    link: float = 20.0
+    """GB/s that come from the host's memory; an estimate, of PCIe 4 with 16 lanes."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ class Foreseen(SingleEngine):
 
     def economize(self) -> None:
         """Nothing is held."""
+
+    def save_model(self, model: Any, folder: Path) -> None:
+        """Nothing is written. It would be a tensor at a time."""
+
+    def save_adapter(self, peft_model: Any, folder: Path, **options: Any) -> None:
+        """Nor here."""
 
     def held_bytes(self) -> int:
         sizes = {place_of(x): x.untyped_storage().nbytes() for x in (*self.placed.parameters(), *self.placed.buffers())}

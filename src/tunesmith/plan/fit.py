@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import yaml
 
-from tunesmith.config import RunConfig
+from tunesmith.config import FsdpConfig, RunConfig
 from tunesmith.config_file import config_from_dict, settings_of
-from tunesmith.engines import with_engine
+from tunesmith.engines import is_able, with_engine
 from tunesmith.errors import UserError
 from tunesmith.plan.devices import Device
-from tunesmith.plan.forecast import Forecast, foresee, settled
+from tunesmith.plan.forecast import TIGHT, Forecast, foresee, settled
+from tunesmith.plan.ranks import needed, plan_on
 from tunesmith.run_data import RunData, open_data
 
 Harm = Literal["same result", "result differs a little", "another method", "other data"]
@@ -27,6 +28,8 @@ Tree = dict[str, Any]
 
 WANTED = 3
 """Configurations that fit, after which no more are looked for."""
+OF_A_NODE = (2, 4, 8)
+"""Devices that are tried where one is too small."""
 SHORTEST = 64
 """Tokens below which data is not cut."""
 
@@ -172,6 +175,26 @@ def remedies(
             return
     if not found:
         yield from _shorter(look)
+
+
+def more_devices(forecast: Forecast, data: RunData) -> tuple[int, int] | None:
+    """(the fewest devices like that of the forecast, of one node, over which the run as it was asked for would fit; bytes that
+    each would hold). data: what it trains on."""
+    engine, device = forecast.config.engine, forecast.device
+    if device.kind == "cpu" or engine.name != "single":
+        return None
+    shards = FsdpConfig(activation_checkpointing=engine.activation_checkpointing)
+    data = replace(data, config=forecast.config.model_copy(update={"engine": shards}))
+    for world in OF_A_NODE:
+        if not is_able(data.config, shards, world):
+            continue
+        try:
+            size = needed(plan_on(data, world), device.kind)
+        except UserError:  # of what cannot be foreseen
+            continue
+        if size <= TIGHT * device.memory:
+            return world, size
+    return None
 
 
 def _ladder(look: Look) -> Iterator[Candidate]:

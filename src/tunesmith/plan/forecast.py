@@ -12,6 +12,7 @@ from tunesmith.engines import with_engine
 from tunesmith.methods import METHODS
 from tunesmith.plan import kept
 from tunesmith.plan.devices import Device, Rates
+from tunesmith.plan.ledger import Work
 from tunesmith.plan.trace import Traced
 from tunesmith.run_data import RunData, open_data
 
@@ -39,7 +40,7 @@ class Forecast:
     samples: int
     """Of a step."""
     tokens: float
-    """Of a step, on average."""
+    """Of a step, on average, without padding."""
 
     @property
     def parts(self) -> dict[str, int]:
@@ -74,17 +75,30 @@ class Forecast:
         rates = self.device.rates
         if rates is None:
             return None
-        share = self.tokens / self.traced.tokens
-        tflops = rates.fp32 if self.precision == "fp32" else rates.bf16
-        others = self.traced.moved / rates.bandwidth / 1e9
-        launches = self.traced.operations * rates.launch_us / 1e6
-
-        products = self.traced.flops / tflops / 1e12
-        slow, fast = rates.reach
-        return (
-            share * max((products + others) / fast, launches),
-            share * max((products + others) / slow, SLOW_LAUNCHES * launches),
+        of_update = self._seconds(self.traced.update, rates)
+        low, high = (
+            self.passes * of_work + update
+            for of_work, update in zip(self._seconds(self.traced.work, rates), of_update, strict=True)
         )
+        return low, high
+
+    @property
+    def passes(self) -> float:
+        """How often an average step computes what was traced, but for the update."""
+        return self.traced.step_tokens / self.traced.tokens
+
+    @property
+    def flops(self) -> float:
+        """Of an average step."""
+        return self.passes * self.traced.work.flops + self.traced.update.flops
+
+    def _seconds(self, work: Work, rates: Rates) -> tuple[float, float]:
+        tflops = rates.fp32 if self.precision == "fp32" else rates.bf16
+        seconds = work.flops / tflops / 1e12 + work.moved / rates.bandwidth / 1e9
+        launches = work.operations * rates.launch_us / 1e6
+        slow, fast = rates.reach
+        carrying = work.carried / rates.link / 1e9  # beside what the device computes
+        return max(seconds / fast, launches, carrying), max(seconds / slow, SLOW_LAUNCHES * launches, carrying)
 
     @property
     def run_s(self) -> tuple[float, float] | None:
@@ -96,7 +110,7 @@ HELD = ("weights", "adapter", "optimizer state", "reference and teacher", "gradi
 """Kinds that stay in place from step to step, without gaps."""
 ORDER = (
     "weights", "adapter", "reference and teacher", "optimizer state", "gradients", "activations", "activations, computed again",
-    "logits and loss", "backward pass", "update", "evaluation", "generation",
+    "logits and loss", "backward pass", "update", "evaluation", "generation", "saving",
 )  # fmt: skip
 
 

@@ -17,13 +17,22 @@ from tunesmith.cache import cache_folder
 from tunesmith.config import ModelConfig, RunConfig
 from tunesmith.errors import UserError
 from tunesmith.models.load import load_config
-from tunesmith.plan.ledger import Peak
+from tunesmith.plan.ledger import Peak, Work
 from tunesmith.plan.trace import Traced, trace
 from tunesmith.run_data import RunData
 from tunesmith.run_folder import write_text
 
 PACKAGES = ("torch", "transformers", "peft", "torchao")
 """What a trace depends on beside the program itself."""
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "data": ("path", "eval_path"),  # what is there, the samples say
+    "optimizer": ("lr",),
+    "train": ("memory", "foresee"),
+    "schedule": (), "log": (), "output": (),
+}  # fmt: skip
+"""Settings that a trace does not depend on: of a section those that are named, or all."""
+MOST = 2000
+"""Traces that are kept, of a few KB each."""
 
 
 def known(data: RunData, precision: str, kind: str) -> Traced | None:
@@ -41,7 +50,14 @@ def traced(data: RunData, precision: str, kind: str) -> Traced:
     with suppress(OSError, UserError):  # then it is found again the next time
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({**vars(found), "peaks": whole}))
+        _forget_oldest(file.parent)
     return found
+
+
+def _forget_oldest(folder: Path) -> None:
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
+    for file in files[:-MOST]:
+        file.unlink(missing_ok=True)
 
 
 def _file(data: RunData, precision: str, kind: str) -> Path:
@@ -53,20 +69,19 @@ def _read(file: Path) -> Traced | None:
     try:
         numbers: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         peaks = {name: Peak(*peak) for name, peak in numbers.pop("peaks").items()}
-        return Traced(peaks=peaks, **numbers)
+        work, update = (Work(*numbers.pop(name)) for name in ("work", "update"))
+        return Traced(peaks=peaks, work=work, update=update, **numbers)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def key(data: RunData, precision: str, kind: str) -> str:
     """Hash of the settings, the models' architectures, the samples, and the code that makes a trace of them."""
-    train = data.config.train.model_copy(update={"memory": None, "foresee": True})
-    where = data.config.data.model_copy(update={"path": "", "eval_path": None})  # what is there, the samples say
-    config = data.config.model_copy(update={"output": "", "train": train, "data": where})
     digest = hashlib.blake2b(digest_size=20)
     for text in (
-        config.model_dump_json(),
-        *_architectures(config),
+        json.dumps(_settings(data.config)),
+        *_architectures(data.config),
+        str(len(data.renderer.tokenizer or ())),
         data.samples.fingerprint(),
         data.held_out.fingerprint(),
         precision,
@@ -79,9 +94,22 @@ def key(data: RunData, precision: str, kind: str) -> str:
     return digest.hexdigest()
 
 
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Those that memory and work depend on."""
+    tree = config.model_dump(mode="json")
+    for section, names in WITHOUT_EFFECT.items():
+        if not names:
+            del tree[section]
+        for name in names:
+            del tree[section][name]
+    return tree
+
+
 def _architectures(config: RunConfig) -> Iterator[str]:
-    """Settings of the model, and of those that stand beside it."""
+    """Settings of the model and its own code, if it brings some; settings of models that stand beside it."""
     yield load_config(config.model).to_json_string()
+    if config.model.trust_remote_code:
+        yield from (file.read_text("utf-8") for file in sorted(Path(config.model.path).expanduser().glob("*.py")))
     for setting in ("reference_model", "teacher"):
         if path := getattr(config.objective, setting, None):
             yield load_config(ModelConfig(path=path)).to_json_string()

@@ -20,8 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from tunesmith.plan.flops import OF_OPERATION
 
-WHOLE = ("evaluation", "reference", "generation")
+WHOLE = ("evaluation", "reference", "generation", "saving")
 """Phases whose parts are not told apart."""
+
+OF_A_PASS = ("forward", "logits", "backward")
+"""Phases in which the model computes."""
 
 KINDS = {
     "forward": "activations",
@@ -31,6 +34,7 @@ KINDS = {
     "evaluation": "evaluation",
     "reference": "evaluation",
     "generation": "generation",
+    "saving": "saving",
     "host": "on the host",
     "disk": "on disk",
 }
@@ -65,7 +69,7 @@ class Peaks:
     """What is known of a step whose peaks have been seen."""
 
     peaks: Mapping[str, Peak]
-    """By phase: forward, logits, backward, update, evaluation, reference, and between them ("")."""
+    """By phase: forward, logits, backward, update, evaluation, reference, generation, saving, and between them ("")."""
 
     @property
     def phase(self) -> str:
@@ -80,13 +84,18 @@ class Peaks:
 class Work(NamedTuple):
     """What was computed."""
 
-    flops: int
+    flops: int = 0
     """Of matrix products, attention and convolutions."""
-    moved: int
+    moved: int = 0
     """Bytes that other operations read and write."""
-    operations: int
+    operations: int = 0
+    carried: int = 0
+    """Bytes that a pass through the model brings from the host's memory to the device."""
 
-    def __sub__(self, other: Work) -> Work:
+    def plus(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def less(self, other: Work) -> Work:
         return Work(*(a - b for a, b in zip(self, other, strict=True)))
 
 
@@ -114,12 +123,16 @@ class Ledger(TorchDispatchMode):
         self.moved = 0
         """Bytes that other operations read and write."""
         self.operations = 0
+        self.carried = 0
+        """Bytes that come from the host's memory while the model computes."""
+        self.updates = Work()
+        """Of what was computed the part of updates."""
         self._note_peak()
 
     @property
     def work(self) -> Work:
         """So far."""
-        return Work(self.flops, self.moved, self.operations)
+        return Work(self.flops, self.moved, self.operations, self.carried)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -128,10 +141,13 @@ class Ledger(TorchDispatchMode):
         self.phase = before[0] if before[0] in WHOLE or phase in ASIDE else phase
         self.kind = KINDS.get(phase, self.kind)
         self._note_peak()
+        done = self.work
         try:
             yield
         finally:
             self.phase, self.kind = before
+            if phase == "update":
+                self.updates = self.updates.plus(self.work.less(done))
 
     def name(self, tensors: Iterable[Any], kind: str) -> None:
         """Say what tensors are for, whenever they were made."""
@@ -139,6 +155,16 @@ class Ledger(TorchDispatchMode):
             if isinstance(x, Tensor):
                 for part in parts_of(x):
                     self._count(part, kind, again=True)
+        self._note_peak()
+
+    def resized(self, place: int, size: int) -> None:
+        """A storage that is known has so many bytes from now on."""
+        kind, before = self.kinds.get(place, (None, 0))
+        if kind is None or kind in self.elsewhere:
+            return
+        self.kinds[place] = kind, size
+        self.held[kind] += size - before
+        self.total += size - before
         self._note_peak()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,7 +191,14 @@ class Ledger(TorchDispatchMode):
             self.flops += formula(*args, **kwargs, out_val=result)
         elif not function.is_view:
             self.operations += 1
-            self.moved += sum(x.numel() * x.element_size() for x in tensors_in((*args, result), kwargs))
+            touched = list(tensors_in((*args, result), kwargs))
+            self.moved += sum(x.numel() * x.element_size() for x in touched)
+            if self.phase in OF_A_PASS and "on the host" in self.elsewhere:
+                self.carried += sum(x.numel() * x.element_size() for x in touched if self._waits(x))
+
+    def _waits(self, x: Tensor) -> bool:
+        """Whether it is in the host's memory, beside a device that trains."""
+        return self.kinds.get(place_of(x), ("", 0))[0] == "on the host"
 
     def _count(self, x: Tensor, kind: str, again: bool = False) -> None:
         storage = x.untyped_storage()
@@ -198,6 +231,24 @@ class Ledger(TorchDispatchMode):
         before = self.peaks.get(self.phase)
         if before is None or self.total >= before.bytes:
             self.peaks[self.phase] = Peak(self.total, +self.held)
+
+
+@contextmanager
+def following(ledger: Ledger) -> Iterator[None]:
+    """Inside, the ledger hears of every storage that is let go of and taken again while its tensors stay, as FSDP does with
+    gathered weights and method chunk with streamed ones."""
+    resize = torch.UntypedStorage.resize_
+
+    def noted(storage: torch.UntypedStorage, size: int) -> Any:
+        found = resize(storage, size)
+        ledger.resized(storage._cdata, storage.nbytes())
+        return found
+
+    torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
 def place_of(x: Tensor) -> int:

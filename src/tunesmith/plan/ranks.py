@@ -5,7 +5,7 @@ It is the run's own step (`plan/trace.py`), on tensors without numbers and in a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +21,6 @@ from tunesmith.engines.context import ContextParallel
 from tunesmith.engines.fsdp import FsdpEngine, mesh_shape
 from tunesmith.engines.group import Group
 from tunesmith.errors import UserError
-from tunesmith.learner import Learner
 from tunesmith.phases import watching
 from tunesmith.plan.devices import CONTEXT
 from tunesmith.plan.engine import Foreseen
@@ -31,7 +30,7 @@ from tunesmith.plan.ledger import Peak, Peaks
 from tunesmith.plan.rows import full_rows
 from tunesmith.plan.shadow import Shadow
 from tunesmith.plan.shards import RankLedger
-from tunesmith.plan.trace import first, held_out_batch, recorded, take_step
+from tunesmith.plan.trace import first, has_whole_gradients, held_out_batch, recorded, take_step
 from tunesmith.plan.traffic import Count, Traffic, group_names
 from tunesmith.plan.worst import largest_first, size, worst_batch
 from tunesmith.run_data import RunData, open_data
@@ -130,12 +129,12 @@ def plan_on(data: RunData, world: int, is_read: bool = True) -> Plan:
 def _plan(run: Run, engine: ForeseenRank, batch: Batch, held_out: Batch | None, number: int, is_read: bool) -> Plan:
     ledger, learner = RankLedger(engine.shadow), run.learner
     of_parts = _Parts(ledger, names_of_groups(engine))
-    if number > 1 and has_whole_gradients(learner):  # then one of them tells what the others take
+    one_tells = number > 1 and has_whole_gradients(learner)
+    if one_tells:  # what the others take
         batch = batch.rows(0, len(learner.method.micro_batches(batch, learner.micro_batch_tokens)[0].tokens_BT))
-        of_parts.begin = lambda: begin_with_gradients(learner, ledger)
     steps = learner.method.unlike_steps()
     next(steps)  # what comes before is no part of a step
-    with recorded(run, ledger):
+    with recorded(run, ledger, has_gradients=one_tells):
         with engine.shadow.watched(of_parts.seen), watching(of_parts.watch):
             take_step(run, batch, ledger)
             flops, traffic = of_parts.of_step(number)
@@ -150,19 +149,6 @@ def _plan(run: Run, engine: ForeseenRank, batch: Batch, held_out: Batch | None, 
     return Plan(shape, engine.precision, dict(ledger.peaks), held, traffic, number, rows, width, flops, is_read)
 
 
-def has_whole_gradients(learner: Learner) -> bool:
-    """Whether what trains are parameters of the model, whose gradients add up in place."""
-    own = {id(p) for p in learner.model.parameters()}
-    return all(id(p) in own for p in learner.method.active().values())
-
-
-def begin_with_gradients(learner: Learner, ledger: RankLedger) -> None:
-    """As micro-batches before have left them: then one micro-batch tells what all do."""
-    for p in learner.method.active().values():
-        p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-        ledger.name([p.grad], "gradients")
-
-
 class _Parts:
     """What micro-batches compute and send, told apart from what an update does."""
 
@@ -170,8 +156,6 @@ class _Parts:
         self.ledger, self.traffic = ledger, Traffic(names)
         self.marks: list[_Mark] = []
         """At the beginning of each micro-batch."""
-        self.begin: Callable[[], None] = lambda: None
-        """What comes before a micro-batch."""
 
     def seen(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         self.traffic.seen(function, args, kwargs)
@@ -179,7 +163,6 @@ class _Parts:
     @contextmanager
     def watch(self, phase: str) -> Iterator[None]:
         if phase == "forward":
-            self.begin()
             self.marks.append(self.now())
         yield
         if phase == "backward":

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
-import torch
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from tunesmith.plan.ledger import Ledger
@@ -23,8 +22,7 @@ NAMED = {
 
 
 class RankLedger(Ledger):
-    """Sees into tensors that are cut over ranks, and follows storages that are let go of and taken again: FSDP keeps
-    the tensors of gathered weights, and makes their storages empty."""
+    """Sees into tensors that are cut over ranks."""
 
     def __init__(self, shadow: Shadow | None = None) -> None:
         super().__init__()
@@ -34,7 +32,6 @@ class RankLedger(Ledger):
         self.open = ExitStack()
 
     def __enter__(self) -> Self:
-        self.open.enter_context(_following(self))
         self.open.enter_context(self.pause.while_propagating())
         if self.shadow is None:
             super().__enter__()
@@ -54,16 +51,6 @@ class RankLedger(Ledger):
         if (named := NAMED.get(function._schema.name)) is not None:
             kind, places = named
             self.name([kwargs[at] if isinstance(at, str) else args[at] for at in places], kind)
-
-    def resized(self, place: int, size: int) -> None:
-        """A storage that is known has so many bytes from now on."""
-        if place not in self.kinds:
-            return
-        kind, before = self.kinds[place]
-        self.kinds[place] = kind, size
-        self.held[kind] += size - before
-        self.total += size - before
-        self._note_peak()
 
 
 class _Pause:
@@ -86,20 +73,3 @@ class _Pause:
             yield
         finally:
             kind._fake_mode_lock = lock
-
-
-@contextmanager
-def _following(ledger: RankLedger) -> Iterator[None]:
-    """Inside, the ledger hears of every storage whose size is changed."""
-    resize = torch.UntypedStorage.resize_
-
-    def noted(storage: torch.UntypedStorage, size: int) -> Any:
-        found = resize(storage, size)
-        ledger.resized(storage._cdata, storage.nbytes())
-        return found
-
-    torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

@@ -11,11 +11,13 @@ from rich.markup import escape
 from tunesmith.config import RunConfig
 from tunesmith.config_file import dump_config
 from tunesmith.display import short_bytes
+from tunesmith.engines import with_engine
 from tunesmith.errors import UserError
 from tunesmith.plan.devices import Device
-from tunesmith.plan.fit import Candidate, remedies
+from tunesmith.plan.fit import Candidate, more_devices, remedies
 from tunesmith.plan.forecast import Forecast, Verdict
 from tunesmith.plan.show import in_short, time_in_words
+from tunesmith.run_data import RunData, open_data
 from tunesmith.run_folder import write_text
 
 COLOURS: dict[Verdict, str] = {"fits": "green", "tight": "yellow", "does not fit": "red"}
@@ -28,8 +30,9 @@ def print_fits(config: RunConfig, device: Device, console: Console, write: Path 
         check_free(write)
     console.print(f"[bold]tunesmith plan: what fits on {escape(_named(device))}[/]", highlight=False)
     tried: list[Candidate] = []
+    data = open_data(with_engine(config))
     with console.status("") as status:
-        for candidate in remedies(config, device):
+        for candidate in remedies(config, device, data):
             status.stop()
             _print(
                 candidate, len([each for each in tried if each.fits]) + 1, tried[0].forecast if tried else None, console
@@ -39,6 +42,9 @@ def print_fits(config: RunConfig, device: Device, console: Console, write: Path 
                 status.update("looking for more")
                 status.start()
     fitting = [candidate for candidate in tried if candidate.fits]
+    asked = tried[0].forecast
+    if asked is not None and not tried[0].fits and (line := on_more_devices(asked, data)):
+        console.print(f"   {line}", highlight=False)
     if not fitting:
         raise UserError(
             f"{config.model.path}: nothing that is known makes this run fit on {_named(device)}; {_nearest(tried)}"
@@ -47,6 +53,12 @@ def print_fits(config: RunConfig, device: Device, console: Console, write: Path 
         write_fitted(fitting[0], write)
         console.print(f"wrote {write}: tunesmith train {write}", highlight=False, markup=False)
     return tried
+
+
+def on_more_devices(forecast: Forecast, data: RunData) -> str:
+    """How many devices would do for what was asked for, in words; nothing where that is not known."""
+    found = more_devices(forecast, data)
+    return f"as it was asked for, over {found[0]} such devices: {short_bytes(found[1])} on each" if found else ""
 
 
 def check_free(file: Path) -> None:
@@ -88,8 +100,7 @@ def _time(forecast: Forecast, asked: Forecast | None) -> str:
     """Of a step and of the run; on a device of unknown speed what is computed, over what was asked for."""
     if forecast.step_s is not None or asked is None:
         return time_in_words(forecast)
-    share = forecast.traced.flops / forecast.traced.tokens / (asked.traced.flops / asked.traced.tokens)
-    return f"{share:.2f} × the arithmetic of what was asked for"
+    return f"{forecast.flops / asked.flops:.2f} × the arithmetic of what was asked for"
 
 
 def _named(device: Device) -> str:

@@ -21,6 +21,7 @@ from tunesmith.plan.forecast import Forecast, foresee, known
 from tunesmith.plan.ledger import WHOLE, Ledger
 from tunesmith.plan.shards import RankLedger
 from tunesmith.plan.show import in_short, time_in_words
+from tunesmith.plan.show_fit import on_more_devices
 from tunesmith.plan.trace import first, held_out_batch, recorded
 from tunesmith.plan.worst import worst_batch
 from tunesmith.run_data import RunData
@@ -67,6 +68,8 @@ def remedies(forecast: Forecast, data: RunData) -> str:
     """The nearest settings that fit, a line each."""
     found = nearest(forecast, data)
     lines = [f"  {' '.join(fit.overrides)}   {fit.what}: {short_bytes(fit.needed)}" for fit in found]
+    if line := on_more_devices(forecast, data):
+        lines.append(f"  {line}")
     return "\n".join(["what would fit:", *lines] if lines else ["nothing that is known would make it fit"])
 
 

@@ -5,33 +5,41 @@ The step is the run's own: its model, objective, method and data, by the same co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from tunesmith.assemble import Run, assemble
 from tunesmith.config import RunConfig
-from tunesmith.data.dataset import EvaluationBatches
+from tunesmith.data.dataset import Dataset, EvaluationBatches
 from tunesmith.data.prepare import unwatched
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.methods.noise import quantiles
-from tunesmith.phases import watching
+from tunesmith.models.load import is_multimodal
+from tunesmith.phases import phase, watching
 from tunesmith.plan.engine import ForeseenEngine
 from tunesmith.plan.helpers import foreseen_helpers
-from tunesmith.plan.ledger import Ledger, Peak, Peaks, Work
+from tunesmith.plan.ledger import Ledger, Peak, Peaks, Work, following
 from tunesmith.plan.shadow import Shadow
 from tunesmith.plan.worst import largest_first, pieces, size, worst_batch
 from tunesmith.run_data import RunData
+from tunesmith.tensors import copied
 from tunesmith.types import Batch
 
 TRACED = 2
 """Micro-batches of a step that are traced: the largest, and the largest of those that come when there are gradients already."""
+ALIKE = 0.02
+"""Share of targets by which two micro-batches of one shape may differ for one to tell what both take."""
+LOOKED_AT = 8
+"""Steps of a run that tell how much padding there is."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,21 @@ class Traced(Peaks):
     """Of the largest micro-batch."""
     width: int
     """Tokens of its longest row."""
-    flops: int
-    """Of what was traced: a micro-batch or two, and an update. Matrix products, attention and convolutions. On average where
-    steps differ."""
-    moved: int
-    """Bytes that its other operations read and write."""
-    operations: int
+    work: Work
+    """Of the micro-batches that were traced, one or two, on average where steps differ."""
+    update: Work
+    """Of a step's update. Where a method does not compute gradients it is part of `work`."""
     tokens: int
     """That were traced, padding included."""
+    step_tokens: float
+    """Of an average step, padding included."""
     parameters: int
     trained: int
+
+    @property
+    def flops(self) -> int:
+        """Of what was traced. Matrix products, attention and convolutions."""
+        return self.work.flops + self.update.flops
 
 
 def trace(data: RunData, precision: str, kind: str | None = None) -> Traced:
@@ -66,9 +79,9 @@ def trace(data: RunData, precision: str, kind: str | None = None) -> Traced:
         try:
             run = assemble(data, engine, unwatched, foreseen_helpers)
             with shadow.off():
-                batch, held_out = worst_batch(run), held_out_batch(run)
+                batch, held_out, step_tokens = worst_batch(run), held_out_batch(run), tokens_of_step(run)
             held_out = None if held_out is None else first(run, held_out)
-            return _trace(run, first(run, batch), held_out)
+            return _trace(run, first(run, batch), held_out, step_tokens)
         except RuntimeError as error:  # torch's for what needs numbers
             raise UserError(
                 f"{config.model.path}: this model cannot be foreseen, since it does not compute with tensors without numbers "
@@ -87,30 +100,90 @@ def keep_numbers(config: RunConfig) -> None:
         get_qmap_unsigned()
 
 
-def _trace(run: Run, batch: Batch, held_out: Batch | None) -> Traced:
+def _trace(run: Run, batch: Batch, held_out: Batch | None, step_tokens: float) -> Traced:
     learner = run.learner
     ledger = Ledger(("on disk", "on the host") if learner.engine.is_apart else ("on disk",))
-    work: list[Work] = []
+    work, updates = [], []
     steps = learner.method.unlike_steps()
     with torch.compiler.set_stance("force_eager"):
         next(steps)  # what comes before is no part of a step
-    with recorded(run, ledger):
+    alike = first_of_two_alike(run, batch)
+    batch = batch if alike is None else alike
+    beside = copied(learner.method.state_dict()) if saves_beside_here(run) else {}
+    with recorded(run, ledger, has_gradients=alike is not None):
+        ledger.name(tree_leaves(beside), "saving")
         for _ in chain([None], steps):
-            before = ledger.work
+            before, updated = ledger.work, ledger.updates
             take_step(run, batch, ledger)
-            work.append(ledger.work - before)
+            work.append(ledger.work.less(before))
+            updates.append(ledger.updates.less(updated))
             if held_out is not None:
                 learner.sums(run.objective, [held_out], run.helpers)
+        with phase("saving"):
+            learner.method.state_dict()
+            learner.method.save(Path())
     if run.config.optimizer.name == "adamw8bit":  # runs compiled, without what it makes on the way as it is traced
         ledger.peaks.pop("update", None)
-    flops, moved, operations = (sum(each) // len(work) for each in zip(*work, strict=True))
+    update = _mean(updates) if "autograd" in learner.method.requires else Work()
     taken = learner.method.micro_batches(batch, learner.micro_batch_tokens)
-    largest = largest_first(taken)[0]
-    shapes = [p.numel() for p in learner.model.parameters()]
-    trained = sum(p.numel() for p in learner.method.params.values())
-    rows, width = largest.tokens_BT.shape
-    tokens = sum(piece.tokens_BT.numel() for piece in taken)
-    return Traced(dict(ledger.peaks), rows, width, flops, moved, operations, tokens, sum(shapes), trained)
+    rows, width = largest_first(taken)[0].tokens_BT.shape
+    return Traced(
+        dict(ledger.peaks), rows, width, _mean(work).less(update), update,
+        tokens=sum(piece.tokens_BT.numel() for piece in taken), step_tokens=step_tokens,
+        parameters=sum(p.numel() for p in learner.model.parameters()),
+        trained=sum(p.numel() for p in learner.method.params.values()),
+    )  # fmt: skip
+
+
+def saves_beside_here(run: Run) -> bool:
+    """Whether checkpoints are written while the training goes on, from a copy in the memory in which it trains."""
+    config = run.config.checkpoint
+    return bool(
+        config.asynchronous and not run.learner.engine.is_apart and (config.every_steps or config.every_minutes)
+    )
+
+
+def _mean(work: Sequence[Work]) -> Work:
+    return Work(*(sum(each) // len(work) for each in zip(*work, strict=True)))
+
+
+def first_of_two_alike(run: Run, batch: Batch) -> Batch | None:
+    """The first of two micro-batches that are alike, where gradients add up in place: what it takes beside gradients that are
+    there already is what both take. None where they must be traced one after the other."""
+    learner = run.learner
+    taken = learner.method.micro_batches(batch, learner.micro_batch_tokens)
+    if len(taken) < TRACED or not has_whole_gradients(learner):
+        return None
+    shapes = {piece.tokens_BT.shape for piece in taken}
+    targets = [int((piece.weights_BT != 0).sum()) for piece in taken]
+    alike = len(shapes) == 1 and (1 - ALIKE) * targets[0] <= targets[1] <= targets[0]
+    return batch.rows(0, len(taken[0].tokens_BT)) if alike else None
+
+
+def has_whole_gradients(learner: Learner) -> bool:
+    """Whether all that trains are parameters of the model, whose gradients add up in place."""
+    if "autograd" not in learner.method.requires or is_multimodal(
+        learner.model.config
+    ):  # of which a part may have none
+        return False
+    own, active = {id(p) for p in learner.model.parameters()}, learner.method.active()
+    return active.keys() == learner.method.params.keys() and all(id(p) in own for p in active.values())
+
+
+def begin_with_gradients(learner: Learner, ledger: Ledger) -> None:
+    """As micro-batches before have left them."""
+    for p in learner.method.active().values():
+        p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+        ledger.name([p.grad], "gradients")
+
+
+def tokens_of_step(run: Run) -> float:
+    """Tokens of an average step, padding included, by a few steps from all over the run; of a stream by the first."""
+    is_known = isinstance(run.data, Dataset)
+    steps = np.linspace(0, run.steps - 1, LOOKED_AT).astype(int) if is_known else [0]
+    method, tokens = run.learner.method, run.learner.micro_batch_tokens
+    batches = [run.data(step) for step in sorted({int(step) for step in steps})]
+    return sum(piece.tokens_BT.numel() for b in batches for piece in method.micro_batches(b, tokens)) / len(batches)
 
 
 def first(run: Run, batch: Batch) -> Batch:
@@ -139,8 +212,9 @@ def take_step(run: Run, batch: Batch, ledger: Ledger) -> None:
 
 
 @contextmanager
-def recorded(run: Run, ledger: Ledger) -> Iterator[None]:
+def recorded(run: Run, ledger: Ledger, has_gradients: bool = False) -> Iterator[None]:
     """Inside, what the run holds is in the ledger: weights, gradients and optimizer state by name, the rest by phase.
+    has_gradients: whether a micro-batch finds those of others.
 
     What is compiled runs uncompiled: a mode that sees operations does not go with it.
     """
@@ -149,13 +223,15 @@ def recorded(run: Run, ledger: Ledger) -> Iterator[None]:
 
     def hear(phase: str) -> AbstractContextManager[None]:
         if phase == "forward":  # what trains may be another with every step
+            if has_gradients:
+                begin_with_gradients(run.learner, ledger)
             ledger.name(run.learner.method.states(), "optimizer state")
             for p in run.learner.method.active().values():
                 if not p._post_accumulate_grad_hooks:
                     handles.append(p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients")))
         return ledger.during(phase)
 
-    with torch.compiler.set_stance("force_eager"), ledger, watching(hear):
+    with torch.compiler.set_stance("force_eager"), ledger, following(ledger), watching(hear):
         yield
     for handle in handles:
         handle.remove()

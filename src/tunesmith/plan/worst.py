@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from tunesmith.assemble import Run
 from tunesmith.data.dataset import Dataset
 from tunesmith.types import Batch
 
 LOOKED_AT = 20_000
 """Steps of a run whose lengths are looked at; of a longer one those of its first ones."""
+AT_ONCE = 1000
 TRIED = 8
 """Of these the batches that are made."""
 
@@ -28,11 +31,15 @@ def worst_steps(run: Run) -> list[int]:
     data = run.data
     assert isinstance(data, Dataset), "a stream's samples are not known"
     lengths = data.samples.lengths().sum(1)
-    looked_at = range(min(run.steps, LOOKED_AT))
-    longest_and_all = [(int(own.max()), int(own.sum())) for own in (lengths[data.indices(step)] for step in looked_at)]
-    by_longest = sorted(looked_at, key=lambda step: longest_and_all[step], reverse=True)[:TRIED]
-    by_all = sorted(looked_at, key=lambda step: longest_and_all[step][::-1], reverse=True)[:TRIED]
-    return list(dict.fromkeys((*by_longest, *by_all)))
+    number = min(run.steps, LOOKED_AT)
+    found = []
+    for first in range(0, number, AT_ONCE):
+        own = lengths[data.indices_of(first, min(first + AT_ONCE, number))]
+        begins = np.arange(0, len(own), data.batch_size)
+        found.append(np.stack([np.maximum.reduceat(own, begins), np.add.reduceat(own, begins)]))
+    longest, whole = np.concatenate(found, axis=1)
+    by_longest, by_whole = np.lexsort((-whole, -longest)), np.lexsort((-longest, -whole))
+    return list(dict.fromkeys((*by_longest[:TRIED].tolist(), *by_whole[:TRIED].tolist())))
 
 
 def pieces(run: Run, batch: Batch) -> list[Batch]:
