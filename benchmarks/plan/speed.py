@@ -48,7 +48,7 @@ def one(model: str, method: str) -> None:
             "model": {"path": str(write_model(folder, model))},
             "data": {"path": str(write_text(folder, TOKENS)), "max_tokens": TOKENS},
             "objective": "pretrain", "method": section, "output": str(folder / "run"),
-            "train": {"batch_size": 1, "steps": 50, "micro_batch_tokens": TOKENS},
+            "train": {"batch_size": 2, "steps": 50, "micro_batch_tokens": TOKENS},
             "engine": {"name": "single", "device": "cpu", "activation_checkpointing": True},
         }  # fmt: skip
         data = open_data(config_from_dict(tree))

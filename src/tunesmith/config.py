@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tunesmith.config_data import DataConfig, SetConfig
-from tunesmith.config_methods import AnyMethod, ChunkConfig, FreezeConfig, FullConfig, LoraConfig, Size, ZerothConfig
+from tunesmith.config_methods import AnyMethod, ChunkConfig, FreezeConfig, FullConfig, LoraConfig, ZerothConfig
 from tunesmith.config_objectives import AnyObjective, PretrainConfig, SftConfig
-from tunesmith.config_section import Count, PathSection, PositiveInt, Section, Share
+from tunesmith.config_section import Count, PathSection, PositiveInt, Section, Share, Size
 
 __all__ = [
     "ChunkConfig", "DataConfig", "FreezeConfig", "FullConfig", "LoraConfig", "PretrainConfig", "RunConfig", "Section",

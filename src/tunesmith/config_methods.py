@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from tunesmith.config_section import Count, PositiveInt, Section
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _bytes_of(value: Any) -> Any:
-    """14GiB → 15032385536; numbers are bytes."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
-    if found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
-        raise ValueError(f"{value!r} is no number of bytes: write it as 800MiB or 14GiB (or MB, GB)")
-    return int(float(found[1]) * UNITS[found[2].upper()])
-
-
-Size = Annotated[int, BeforeValidator(_bytes_of), Field(gt=0)]
-"""Bytes, as a number or as 14GiB."""
+from tunesmith.config_section import Count, PositiveInt, Section, Size
 
 
 class FullConfig(Section):

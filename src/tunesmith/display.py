@@ -34,6 +34,15 @@ def short_number(number: float) -> str:
     return f"{number:.0f}"
 
 
+def short_seconds(seconds: float) -> str:
+    """0.25 → 250 ms, 5400 → 90 min."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
 def short_bytes(number: float) -> str:
     """Bytes in binary units: 1536 → 1.5 KiB."""
     for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):

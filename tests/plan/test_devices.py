@@ -5,16 +5,27 @@ from __future__ import annotations
 import pytest
 
 from tunesmith.errors import UserError
-from tunesmith.plan.devices import SHEETS, bytes_of, find_device, measure_rates
+from tunesmith.plan.devices import SHEETS, find_device, measure_rates
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), ("24g", 24 * 2**30), ("1.5 TiB", 1.5 * 2**40), ("800MiB", 800 * 2**20),
-     ("24", None), ("rtx4090", None), ("GiB", None)],
-)  # fmt: skip
-def test_sizes(text: str, size: int | None) -> None:
-    assert bytes_of(text) == size
+    [
+        ("24GiB", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("24g", 24 * 2**30),
+        ("1.5 TiB", 1.5 * 2**40),
+        ("800MiB", 800 * 2**20),
+    ],
+)
+def test_a_device_by_its_memory(text: str, size: int) -> None:
+    assert find_device(text).memory == size
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "24 apples", "0GiB", "-1GiB"])
+def test_what_is_no_size_is_no_device(text: str) -> None:
+    with pytest.raises(UserError, match="is not known: give its memory, such as 24GiB"):
+        find_device(text)
 
 
 def test_bytes_are_a_device_of_unknown_speed() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tunesmith.methods.noise import Noise, key_of, noise, random_bits
 from tunesmith.methods.shelf import TensorFile
 from tunesmith.models.low_rank import LowRankColumns, is_transposed
+from tunesmith.phases import phase
 from tunesmith.tensors import is_hollow
 
 U, V, DENSE, DITHER = range(4)
@@ -219,13 +220,14 @@ class LowRankDirections:
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """A weight with a master is rounded anew from it afterwards; of others a copy waits on the host."""
+        """A weight with a master is rounded anew from it afterwards; of others a copy waits where masters do."""
         copies: dict[str, Tensor] = {}
         try:
             with torch.no_grad():
                 for name in self.layers if self.columns.rank() else ():
                     if name not in self.masters:
-                        copies[name] = self._matrix(name).detach().cpu().clone()
+                        with phase("host"):
+                            copies[name] = self._keep(f"{name} before", self._matrix(name).detach().clone())
                     if self._is_wide(name):
                         self._add_columns(name)
                     else:

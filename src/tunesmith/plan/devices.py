@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ import psutil
 import torch
 
 from tunesmith.cache import cache_folder
+from tunesmith.config_section import bytes_of
 from tunesmith.errors import UserError
 from tunesmith.run_folder import write_text
 
@@ -102,10 +102,15 @@ def find_device(name: str | None) -> Device:
         if not torch.cuda.is_available():
             raise UserError("--device: cuda: there is none here; name one of the table, such as rtx4090, or its memory")
         return Device(torch.cuda.get_device_name(), "cuda", memory_of(torch.device("cuda", 0)), measured_rates("cuda"))
-    if size := bytes_of(name):
-        return Device(name, "cuda", size)
     known = ", ".join(SHEETS)
-    raise UserError(f"--device: {name!r} is not known: give its memory, such as 24GiB, or cpu, cuda, {known}")
+    unknown = f"--device: {name!r} is not known: give its memory, such as 24GiB, or cpu, cuda, {known}"
+    try:
+        size = bytes_of(name)
+    except ValueError as error:
+        raise UserError(unknown) from error
+    if name.strip().isdigit() or not size:  # without a unit it may be anything
+        raise UserError(unknown)
+    return Device(name, "cuda", size)
 
 
 def memory_of(device: torch.device) -> int:
@@ -128,15 +133,6 @@ def host_memory() -> int:
 def within(device: Device, memory: int) -> Device:
     """The device, of which a run may take no more than this."""
     return replace(device, memory=min(memory, device.memory))
-
-
-def bytes_of(text: str) -> int | None:
-    """24GiB, 24GB, 24g, 800 MiB … in bytes; None if it is no size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if match is None or not match[2]:
-        return None
-    unit = 1000 if match[3] == "" and text.strip().lower().endswith("b") else 1024
-    return int(float(match[1]) * unit ** (" kmgt".index(match[2])))
 
 
 def measured_rates(kind: str) -> Rates | None:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.display import header, short_bytes, short_number
+from tunesmith.display import header, short_bytes, short_number, short_seconds
 from tunesmith.plan.forecast import ORDER, Forecast, energy_kwh
 
 COLOURS = (
@@ -93,8 +93,8 @@ def time_in_words(forecast: Forecast, price: float | None = None) -> str:
     (fast, slow), run = forecast.step_s, forecast.run_s
     speeds = f"{short_number(forecast.tokens / slow)} to {short_number(forecast.tokens / fast)} tokens/s"
     parts = [
-        f"{_seconds(fast)} to {_seconds(slow)} a step, {speeds}",
-        f"{_seconds(run[0])} to {_seconds(run[1])} in all",
+        f"{short_seconds(fast)} to {short_seconds(slow)} a step, {speeds}",
+        f"{short_seconds(run[0])} to {short_seconds(run[1])} in all",
     ]
     if (energy := energy_kwh(forecast)) is not None:
         scale, unit = (1, "kWh") if energy[1] >= 0.1 else (1000, "Wh")
@@ -107,11 +107,3 @@ def time_in_words(forecast: Forecast, price: float | None = None) -> str:
 def _colour(forecast: Forecast, name: str) -> str:
     names = [*ORDER, "allocator", "context"]
     return COLOURS[names.index(name) % len(COLOURS)] if name in names else "white"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

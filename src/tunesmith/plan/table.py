@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tunesmith.config import RunConfig
-from tunesmith.display import header, short_bytes, short_number
+from tunesmith.display import header, short_bytes, short_number, short_seconds
 from tunesmith.errors import UserError
 from tunesmith.plan.devices import Device
 from tunesmith.plan.ranks import Plan, needed, plan
@@ -50,8 +50,8 @@ def print_plan(
     console.print(_traffic(found, machine), highlight=False)
     seconds, waiting = found.flops / machine.flops / 1e12, _waiting(found, machine)
     console.print(
-        f"computation {short_number(found.flops)}FLOP, {_time(seconds)} at {machine.flops:g} TFLOP/s; communication "
-        f"{_time(waiting)}: {waiting / (seconds + waiting):.0%} of the step if nothing overlaps",
+        f"computation {short_number(found.flops)}FLOP, {short_seconds(seconds)} at {machine.flops:g} TFLOP/s; communication "
+        f"{short_seconds(waiting)}: {waiting / (seconds + waiting):.0%} of the step if nothing overlaps",
         highlight=False,
     )
 
@@ -93,7 +93,7 @@ def _traffic(found: Plan, machine: Machine) -> Table:
         speed, link = _speed(found, group, machine)
         table.add_row(
             kind, group, str(count.calls), short_bytes(count.payload), short_bytes(count.sent),
-            f"{link}, {speed:g} GB/s", _time(count.sent / speed / 1e9),
+            f"{link}, {speed:g} GB/s", short_seconds(count.sent / speed / 1e9),
         )  # fmt: skip
     return table
 
@@ -110,7 +110,3 @@ def _speed(found: Plan, group: str, machine: Machine) -> tuple[float, str]:
     if span <= machine.ranks_per_node and machine.ranks_per_node % span == 0:
         return machine.link, "node"
     return machine.network, "network"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
