@@ -22,7 +22,7 @@ def bytes_of(value: Any) -> Any:
     """14GiB, 14G → 15032385536; 14GB → 14·10⁹; numbers are bytes. Raises ValueError."""
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", value)
     if found is None or found[2].upper() not in UNITS:
         raise ValueError(f"{value!r} is no number of bytes: write it as 800MiB or 14GiB (or MB, GB)")
     return int(float(found[1]) * UNITS[found[2].upper()])

@@ -106,7 +106,7 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: E
     evaluate, ranks = _evaluation(run, log), Ranks(log)
     checkpoint = Checkpoint(folder, log, config.checkpoint, run.objective, saved=saved)
     with progress, StopRequest() as stop, _memory_told(run):
-        if measured := _rehearsed(run, start):
+        if measured := _rehearsed(run):
             events.write("memory", step=start, **measured)
         log.pause()
         try:
@@ -135,7 +135,7 @@ def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Resu
     evaluate, start = _evaluation(run, None), begun[-1]
     checkpoint = Checkpoint(folder, None, config.checkpoint, run.objective, saved=start)
     with StopRequest() as stop, _memory_told(run):
-        _rehearsed(run, start)
+        _rehearsed(run)
         try:
             step = _steps(run, start, evaluate, [evaluate, *[checkpoint] * group.reads_checkpoints], stop)
         except NonFiniteError as error:
@@ -150,14 +150,12 @@ def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Resu
     return Result(folder.path, step, step == run.steps, evaluate.losses)
 
 
-def _rehearsed(run: Run, start: int) -> dict[str, int]:
-    """Bytes that the largest batch took, by phase; nothing if that was not asked for. start: updates done."""
+def _rehearsed(run: Run) -> dict[str, int]:
+    """Bytes that the largest batch took, by phase; nothing if that was not asked for."""
     if not run.config.train.foresee:
         return {}
-    group = run.learner.engine.group
-    group.at(start + 1, "rehearsal")
     found = rehearse(run)
-    group.hand_over(lambda: b"", lambda state: None)  # some take longer than they may for a step
+    run.learner.engine.group.meet()
     return found
 
 

@@ -22,7 +22,7 @@ def test_a_device_by_its_memory(text: str, size: int) -> None:
     assert find_device(text).memory == size
 
 
-@pytest.mark.parametrize("text", ["24", "GiB", "24 apples", "0GiB", "-1GiB"])
+@pytest.mark.parametrize("text", ["24", "24.5", "24B", "GiB", "24 apples", "0GiB", "-1GiB"])
 def test_what_is_no_size_is_no_device(text: str) -> None:
     with pytest.raises(UserError, match="is not known: give its memory, such as 24GiB"):
         find_device(text)

@@ -285,7 +285,7 @@ class FsdpEngine(SingleEngine):
 
     def save_adapter(self, peft_model: Any, folder: Path, **options: Any) -> None:
         self.let_go(peft_model)
-        save_adapter(peft_model, folder, self.group.rank, **options)
+        save_adapter(peft_model, folder, self.group.rank)
 
     def reduce(self, grads: Mapping[str, Tensor]) -> None:
         """Sum what FSDP has not: over parts of the batch the gradients of weights that every rank holds whole, and over parts

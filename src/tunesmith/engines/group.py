@@ -52,6 +52,9 @@ class Group:
     def hand_over(self, give: Callable[[], bytes], take: Callable[[bytes], None]) -> None:
         """What rank 0 gives, taken by all others before any of them goes on."""
 
+    def meet(self) -> None:
+        """Wait for ranks that take longer over what is done once than they may for a step."""
+
     def gather(self, numbers: Any) -> dict[int, Any]:
         """By rank what each of `ranks` says: numbers in lists and dicts by name. One that dies is left out, of `ranks` too."""
         return {self.rank: numbers}

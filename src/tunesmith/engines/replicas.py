@@ -19,7 +19,7 @@ from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import PeerError
 
 START_S = 600.0
-"""How long ranks wait for each other at the start, while some still read data."""
+"""How long ranks wait for each other at the start, while some still read data or rehearse."""
 REPLAY_S = 12 * 3600.0
 """The same while each makes its weights anew from the log of a run that is resumed."""
 SLICE_S = 5.0
@@ -78,6 +78,9 @@ class Star(Group):
         if self.rank:
             take(b64decode(given[0]))
         self._exchange(None, REPLAY_S)
+
+    def meet(self) -> None:
+        self._exchange(None, max(self.timeout_s, START_S))
 
     def gather(self, numbers: Any) -> dict[int, Any]:
         return self._exchange(numbers, self.timeout_s)

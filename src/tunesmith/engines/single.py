@@ -19,7 +19,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.head import Head
 from tunesmith.models.load import HeadKind, blocks, load_model
 from tunesmith.models.probe import find_head
-from tunesmith.models.save import save_sharded
+from tunesmith.models.save import can_save_by_tensor, save_sharded
 from tunesmith.models.score import ALL, Columns, hidden_of_targets, score
 from tunesmith.plan.activations import Activations, measure
 from tunesmith.types import Batch, Scores, Wanted
@@ -177,7 +177,10 @@ class SingleEngine:
 
     def save_model(self, model: Any, folder: Path) -> None:
         """Write what transformers loads as is, a tensor at a time. Where ranks hold parts of it, all of them call this."""
-        save_sharded(model, folder, rank=0, world=1)
+        if can_save_by_tensor(model):
+            save_sharded(model, folder, rank=0, world=1)
+        else:
+            model.save_pretrained(folder)
 
     def save_adapter(self, peft_model: Any, folder: Path, **options: Any) -> None:
         """The same of what PEFT loads. options: of its `save_pretrained`."""

@@ -151,16 +151,16 @@ class Method:
             for p in active.values():
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
         grads = {name: p.grad for name, p in active.items() if p.grad is not None}
-        self.engine.reduce(grads)
-        metrics["grad_norm"] = norm = self.engine.norm(grads)
-        for what in ("loss", "grad_norm"):
-            if not torch.isfinite(metrics[what]):
-                raise NonFiniteError(f"{what} is {float(metrics[what])}")
-        if self.max_grad_norm is not None and grads:
-            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            parts = [local_part(grad) for grad in grads.values()]
-            torch._foreach_mul_(parts, scale.to(parts[0].device))  # the host holds them where weights wait there
         with phase("update"):
+            self.engine.reduce(grads)
+            metrics["grad_norm"] = norm = self.engine.norm(grads)
+            for what in ("loss", "grad_norm"):
+                if not torch.isfinite(metrics[what]):
+                    raise NonFiniteError(f"{what} is {float(metrics[what])}")
+            if self.max_grad_norm is not None and grads:
+                scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                parts = [local_part(grad) for grad in grads.values()]
+                torch._foreach_mul_(parts, scale.to(parts[0].device))  # the host holds them where weights wait there
             self.update(lr)
         return metrics
 

@@ -197,7 +197,7 @@ class LowRankDirections:
         weight.copy_(_dithered(master.to(weight.device), key_of(self.seed, DITHER, self.places[name])))
 
     def _keep(self, name: str, x: Tensor) -> Tensor:
-        return x.cpu() if self.file is None else self.file.keep(name, x)
+        return x.to("cpu", copy=True) if self.file is None else self.file.keep(name, x)
 
     def weights(self) -> dict[str, nn.Parameter]:
         return {f"{name}.weight": layer.weight for name, layer in self.layers.items()}  # type: ignore[misc]
@@ -227,7 +227,7 @@ class LowRankDirections:
                 for name in self.layers if self.columns.rank() else ():
                     if name not in self.masters:
                         with phase("host"):
-                            copies[name] = self._keep(f"{name} before", self._matrix(name).detach().clone())
+                            copies[name] = self._keep(f"{name} before", self._matrix(name).detach())
                     if self._is_wide(name):
                         self._add_columns(name)
                     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tunesmith.errors import UserError
 from tunesmith.models.conversion import Piece, empty_like, saving_pieces
-from tunesmith.models.tensor_files import TensorWriter
+from tunesmith.models.tensor_files import NAMES, TensorWriter
 from tunesmith.tensors import from_all, whole
 
 FILE_BYTES = 5 * 10**9
@@ -31,8 +31,8 @@ def save_sharded(model: Any, folder: Path, rank: int, world: int, file_bytes: in
     into its file, which one rank writes. Where a file cannot be written all ranks raise UserError.
     """
     tensors = dict(model.state_dict(keep_vars=True))
-    plan = _plan(model, tensors, file_bytes)
-    _agree(folder, _trouble(_prepare, model, folder) if rank == 0 else "")
+    plan = _plan(model, file_bytes)
+    _agree(folder, _trouble(_prepare, model, folder) if rank == 0 else "", world)
     mine = {file for n, file in enumerate(plan.files) if n % world == rank}
     trouble = ""
     with ExitStack() as opened:
@@ -48,13 +48,19 @@ def save_sharded(model: Any, folder: Path, rank: int, world: int, file_bytes: in
     if rank == 0 and plan.index and not trouble:
         text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
         trouble = _trouble((folder / INDEX).write_text, text, "utf-8")
-    _agree(folder, trouble)
+    _agree(folder, trouble, world)
 
 
-def _agree(folder: Path, trouble: str) -> None:
+def _agree(folder: Path, trouble: str, world: int) -> None:
     """Raises UserError on all ranks if one is in trouble."""
-    if failed := [f"rank {rank}: {said}" for rank, said in enumerate(from_all(trouble)) if said]:
+    if failed := [
+        f"rank {n}: {said}" if world > 1 else said for n, said in enumerate(_said_by_all(trouble, world)) if said
+    ]:
         raise UserError(f"{folder}: the model cannot be saved: {'; '.join(failed)}; free some space, or mend the disk")
+
+
+def _said_by_all(trouble: str, world: int) -> list[str]:
+    return from_all(trouble) if world > 1 else [trouble]
 
 
 def _trouble(write: Callable[..., Any], *arguments: Any) -> str:
@@ -89,13 +95,29 @@ class _Plan:
     """Of several files."""
 
 
-def _plan(model: Any, tensors: dict[str, Tensor], file_bytes: int) -> _Plan:
-    from huggingface_hub import split_torch_state_dict_into_shards
+def can_save_by_tensor(model: Any) -> bool:
+    """Whether all that is saved are tensors of common types."""
+    return all(isinstance(x, Tensor) and x.dtype in NAMES for x in model.state_dict(keep_vars=True).values())
+
+
+def pieces_of(model: Any) -> list[Piece]:
+    """How the tensors of its files are made, one after another."""
+    return saving_pieces(model, _empty(model))
+
+
+def _empty(model: Any) -> dict[str, Tensor]:
+    """What is saved of a model, without numbers."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     ignored = set(model._keys_to_ignore_on_save or ())
-    empty = {name: empty_like(tensor) for name, tensor in tensors.items() if name not in ignored}
-    empty = remove_tied_weights_from_state_dict(empty, model)
+    kept = {name: x for name, x in model.state_dict(keep_vars=True).items() if name not in ignored}
+    return remove_tied_weights_from_state_dict({name: empty_like(x) for name, x in kept.items()}, model)
+
+
+def _plan(model: Any, file_bytes: int) -> _Plan:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    empty = _empty(model)
     pieces: list[tuple[Piece, list[str]]] = []
     results: dict[str, Tensor] = {}
     for piece in saving_pieces(model, empty):
@@ -124,8 +146,8 @@ def _write(
 
 
 @torch.no_grad()
-def save_adapter(peft_model: Any, folder: Path, rank: int, **options: Any) -> None:
-    """What `peft_model.save_pretrained(folder, **options)` writes, of sharded parameters. All ranks call it, rank 0 writes."""
+def save_adapter(peft_model: Any, folder: Path, rank: int) -> None:
+    """What `peft_model.save_pretrained(folder)` writes, of sharded parameters. All ranks call it, rank 0 writes."""
     from peft import get_peft_model_state_dict
 
     tensors = dict(peft_model.state_dict(keep_vars=True))
@@ -137,4 +159,4 @@ def save_adapter(peft_model: Any, folder: Path, rank: int, **options: Any) -> No
             full = whole(tensors[name]).detach()
             gathered |= {name: full.cpu()} if rank == 0 else {}
     if rank == 0:
-        peft_model.save_pretrained(folder, state_dict=gathered, **options)
+        peft_model.save_pretrained(folder, state_dict=gathered)

@@ -108,7 +108,7 @@ def find_device(name: str | None) -> Device:
         size = bytes_of(name)
     except ValueError as error:
         raise UserError(unknown) from error
-    if name.strip().isdigit() or not size:  # without a unit it may be anything
+    if size < 2**20:  # of a number without a unit
         raise UserError(unknown)
     return Device(name, "cuda", size)
 

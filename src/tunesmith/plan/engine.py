@@ -13,6 +13,7 @@ from tunesmith.engines.single import SingleEngine, own_memory
 from tunesmith.models.head import Head
 from tunesmith.models.load import HeadKind, know_padding, shape_of_model
 from tunesmith.models.probe import find_head_by
+from tunesmith.models.save import pieces_of
 from tunesmith.models.sibling import sibling
 from tunesmith.plan.ledger import place_of
 from tunesmith.plan.shadow import Shadow
@@ -65,7 +66,12 @@ class Foreseen(SingleEngine):
         """Nothing is held."""
 
     def save_model(self, model: Any, folder: Path) -> None:
-        """Nothing is written. It would be a tensor at a time."""
+        """What is made to be written, a tensor at a time; and nothing is."""
+        with self.shadow.off():
+            pieces = pieces_of(model)
+        tensors = model.state_dict(keep_vars=True)
+        for piece in pieces:
+            piece.run(lambda name: tensors[name].detach())
 
     def save_adapter(self, peft_model: Any, folder: Path, **options: Any) -> None:
         """Nor here."""

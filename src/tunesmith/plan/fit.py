@@ -12,12 +12,16 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import torch.distributed as dist
 import yaml
 
 from tunesmith.config import FsdpConfig, RunConfig
 from tunesmith.config_file import config_from_dict, settings_of
 from tunesmith.engines import is_able, with_engine
+from tunesmith.engines.fsdp import FsdpEngine
 from tunesmith.errors import UserError
+from tunesmith.methods import METHODS
+from tunesmith.objectives import OBJECTIVES
 from tunesmith.plan.devices import Device
 from tunesmith.plan.forecast import TIGHT, Forecast, foresee, settled
 from tunesmith.plan.ranks import needed, plan_on
@@ -180,17 +184,21 @@ def remedies(
 def more_devices(forecast: Forecast, data: RunData) -> tuple[int, int] | None:
     """(the fewest devices like that of the forecast, of one node, over which the run as it was asked for would fit; bytes that
     each would hold). data: what it trains on."""
-    engine, device = forecast.config.engine, forecast.device
-    if device.kind == "cpu" or engine.name != "single":
+    config, device = forecast.config, forecast.device
+    engine, method, objective = config.engine, METHODS[config.method.name], OBJECTIVES[config.objective.name]
+    able = method.requires <= FsdpEngine.provides and objective.reads <= FsdpEngine.reads
+    if not able or device.kind == "cpu" or engine.name != "single" or device.memory <= device.context:
+        return None
+    if dist.is_initialized():  # ranks that are not there need a process in which there are none
         return None
     shards = FsdpConfig(activation_checkpointing=engine.activation_checkpointing)
-    data = replace(data, config=forecast.config.model_copy(update={"engine": shards}))
+    data = replace(data, config=config.model_copy(update={"engine": shards}))
     for world in OF_A_NODE:
         if not is_able(data.config, shards, world):
             continue
         try:
             size = needed(plan_on(data, world), device.kind)
-        except UserError:  # of what cannot be foreseen
+        except (UserError, RuntimeError, ValueError):  # of what cannot be foreseen
             continue
         if size <= TIGHT * device.memory:
             return world, size

@@ -106,7 +106,7 @@ class Forecast:
         return None if self.step_s is None else (self.steps * self.step_s[0], self.steps * self.step_s[1])
 
 
-HELD = ("weights", "adapter", "optimizer state", "reference and teacher", "gradients")
+HELD = ("weights", "adapter", "optimizer state", "reference and teacher", "gradients", "on the host")
 """Kinds that stay in place from step to step, without gaps."""
 ORDER = (
     "weights", "adapter", "reference and teacher", "optimizer state", "gradients", "activations", "activations, computed again",

@@ -109,7 +109,8 @@ def _architectures(config: RunConfig) -> Iterator[str]:
     """Settings of the model and its own code, if it brings some; settings of models that stand beside it."""
     yield load_config(config.model).to_json_string()
     if config.model.trust_remote_code:
-        yield from (file.read_text("utf-8") for file in sorted(Path(config.model.path).expanduser().glob("*.py")))
+        files = sorted(Path(config.model.path).expanduser().rglob("*.py"))
+        yield from (hashlib.blake2b(file.read_bytes()).hexdigest() for file in files)
     for setting in ("reference_model", "teacher"):
         if path := getattr(config.objective, setting, None):
             yield load_config(ModelConfig(path=path)).to_json_string()

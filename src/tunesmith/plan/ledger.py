@@ -44,6 +44,8 @@ ASIDE = ("host", "disk")
 """What is done within other phases, whose peaks these are."""
 
 
+META = torch.device("meta")
+
 DEVICE = torch.ops.prim.device.default
 """What asking for a tensor's device calls, of those that are a class of their own."""
 
@@ -149,6 +151,15 @@ class Ledger(TorchDispatchMode):
             if phase == "update":
                 self.updates = self.updates.plus(self.work.less(done))
 
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Inside, what is computed is no part of the work."""
+        work = self.work
+        try:
+            yield
+        finally:
+            self.flops, self.moved, self.operations, self.carried = work
+
     def name(self, tensors: Iterable[Any], kind: str) -> None:
         """Say what tensors are for, whenever they were made."""
         for x in tree_leaves(list(tensors)):
@@ -177,6 +188,8 @@ class Ledger(TorchDispatchMode):
 
     def seen(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Count what an operation has made and done."""
+        if kwargs.get("device") == META:  # a shape alone
+            return
         for x in tensors_in((result,)):
             if (place := place_of(x)) not in self.kinds and not any(
                 place_of(y) == place for y in tensors_in(args, kwargs)

@@ -32,6 +32,7 @@ WHEN = {
     "evaluation": "in an evaluation",
     "reference": "while the reference scores",
     "generation": "while answers are generated",
+    "saving": "while it is saved",
     "": "between steps",
 }
 """When the peak is."""

@@ -91,6 +91,7 @@ def rehearse(run: Any) -> dict[str, int]:
         batch = first(run, batch)
         held_out = None if held_out is None else first(run, held_out)
     learner.engine.seed(run.config.seed, 0)
+    learner.engine.group.at(1, "rehearsal")
     missing = _missing_state(learner)
     with _measured(run) as peaks:
         room = torch.zeros(missing, dtype=torch.uint8, device=learner.engine.device)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 
 from tunesmith.assemble import Run, assemble
 from tunesmith.config import RunConfig
@@ -31,7 +30,6 @@ from tunesmith.plan.ledger import Ledger, Peak, Peaks, Work, following
 from tunesmith.plan.shadow import Shadow
 from tunesmith.plan.worst import largest_first, pieces, size, worst_batch
 from tunesmith.run_data import RunData
-from tunesmith.tensors import copied
 from tunesmith.types import Batch
 
 TRACED = 2
@@ -109,9 +107,7 @@ def _trace(run: Run, batch: Batch, held_out: Batch | None, step_tokens: float) -
         next(steps)  # what comes before is no part of a step
     alike = first_of_two_alike(run, batch)
     batch = batch if alike is None else alike
-    beside = copied(learner.method.state_dict()) if saves_beside_here(run) else {}
     with recorded(run, ledger, has_gradients=alike is not None):
-        ledger.name(tree_leaves(beside), "saving")
         for _ in chain([None], steps):
             before, updated = ledger.work, ledger.updates
             take_step(run, batch, ledger)
@@ -135,14 +131,6 @@ def _trace(run: Run, batch: Batch, held_out: Batch | None, step_tokens: float) -
     )  # fmt: skip
 
 
-def saves_beside_here(run: Run) -> bool:
-    """Whether checkpoints are written while the training goes on, from a copy in the memory in which it trains."""
-    config = run.config.checkpoint
-    return bool(
-        config.asynchronous and not run.learner.engine.is_apart and (config.every_steps or config.every_minutes)
-    )
-
-
 def _mean(work: Sequence[Work]) -> Work:
     return Work(*(sum(each) // len(work) for each in zip(*work, strict=True)))
 
@@ -161,7 +149,7 @@ def first_of_two_alike(run: Run, batch: Batch) -> Batch | None:
 
 
 def has_whole_gradients(learner: Learner) -> bool:
-    """Whether all that trains are parameters of the model, whose gradients add up in place."""
+    """Whether all that trains are parameters of the model, which all get gradients that add up in place."""
     if "autograd" not in learner.method.requires or is_multimodal(
         learner.model.config
     ):  # of which a part may have none
@@ -172,9 +160,10 @@ def has_whole_gradients(learner: Learner) -> bool:
 
 def begin_with_gradients(learner: Learner, ledger: Ledger) -> None:
     """As micro-batches before have left them."""
-    for p in learner.method.active().values():
-        p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-        ledger.name([p.grad], "gradients")
+    with ledger.idle():
+        for p in learner.method.active().values():
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+            ledger.name([p.grad], "gradients")
 
 
 def tokens_of_step(run: Run) -> float:
