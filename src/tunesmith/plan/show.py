@@ -36,6 +36,7 @@ WHEN = {
     "": "between steps",
 }
 """When the peak is."""
+LEAST_MONEY = 0.01
 
 
 def print_forecast(forecast: Forecast, console: Console, price: float | None = None) -> None:
@@ -101,7 +102,9 @@ def time_in_words(forecast: Forecast, price: float | None = None) -> str:
         scale, unit = (1, "kWh") if energy[1] >= 0.1 else (1000, "Wh")
         parts.append(f"{energy[0] * scale:.2g} to {energy[1] * scale:.2g} {unit}")
     if price is not None:
-        parts.append(f"{run[0] / 3600 * price:.2g} to {run[1] / 3600 * price:.2g} at {price:g} an hour")
+        low, high = (seconds / 3600 * price for seconds in run)
+        money = f"{low:.2f} to {high:.2f}" if high >= LEAST_MONEY else f"less than {LEAST_MONEY}"
+        parts.append(f"{money} at {price:g} an hour")
     return "time: " + " · ".join(parts)
 
 
