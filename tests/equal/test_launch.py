@@ -29,7 +29,8 @@ Start = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture
 def make_replicas(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., RunConfig]:
     def make(steps: int) -> RunConfig:
-        sections = settings_of_run({"scorer": "in_place", "queries": 2}, train={"steps": steps, "batch_size": 4})
+        steps_alone = {"steps": steps, "batch_size": 4, "foresee": False}
+        sections = settings_of_run({"scorer": "in_place", "queries": 2}, train=steps_alone)
         return make_config(**sections, engine={"name": "replicas", "device": "cpu"}, output=str(tmp_path / "run"))
 
     return make
@@ -126,7 +127,8 @@ def test_a_killed_rank_of_sharded_weights_comes_back(
     make_config: Callable[..., RunConfig], start: Start, tmp_path: Path
 ) -> None:
     sections: dict[str, Any] = {
-        "checkpoint": {"every_steps": 10}, "train": {"steps": 200, "batch_size": 4}, "optimizer": {"name": "sgd", "lr": 0.05},
+        "checkpoint": {"every_steps": 10}, "train": {"steps": 200, "batch_size": 4, "foresee": False},
+        "optimizer": {"name": "sgd", "lr": 0.05},
     }  # fmt: skip
     config = make_config(**sections, engine={"name": "auto", "device": "cpu"}, output=str(tmp_path / "run"))
     folder = Path(config.output)
