@@ -30,7 +30,7 @@ from tunesmith.plan.ledger import Peak, Peaks
 from tunesmith.plan.rows import full_rows
 from tunesmith.plan.shadow import Shadow
 from tunesmith.plan.shards import RankLedger
-from tunesmith.plan.trace import first, has_whole_gradients, held_out_batch, recorded, take_step
+from tunesmith.plan.trace import first, first_alone, has_whole_gradients, held_out_batch, recorded, take_step
 from tunesmith.plan.traffic import Count, Traffic, group_names
 from tunesmith.plan.worst import largest_first, size, worst_batch
 from tunesmith.run_data import RunData, open_data
@@ -131,7 +131,7 @@ def _plan(run: Run, engine: ForeseenRank, batch: Batch, held_out: Batch | None, 
     of_parts = _Parts(ledger, names_of_groups(engine))
     one_tells = number > 1 and has_whole_gradients(learner)
     if one_tells:  # what the others take
-        batch = batch.rows(0, len(learner.method.micro_batches(batch, learner.micro_batch_tokens)[0].tokens_BT))
+        batch = first_alone(learner, batch)
     steps = learner.method.unlike_steps()
     next(steps)  # what comes before is no part of a step
     with recorded(run, ledger, has_gradients=one_tells):

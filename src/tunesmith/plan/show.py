@@ -37,6 +37,7 @@ WHEN = {
 }
 """When the peak is."""
 LEAST_MONEY = 0.01
+"""Of the device's price; below it no figure is given."""
 
 
 def print_forecast(forecast: Forecast, console: Console, price: float | None = None) -> None:

@@ -145,14 +145,19 @@ def first_of_two_alike(run: Run, batch: Batch) -> Batch | None:
     shapes = {piece.tokens_BT.shape for piece in taken}
     targets = [int((piece.weights_BT != 0).sum()) for piece in taken]
     alike = len(shapes) == 1 and (1 - ALIKE) * targets[0] <= targets[1] <= targets[0]
-    return batch.rows(0, len(taken[0].tokens_BT)) if alike else None
+    return first_alone(learner, batch) if alike else None
+
+
+def first_alone(learner: Learner, batch: Batch) -> Batch:
+    """Of a batch the rows of its first micro-batch."""
+    taken = learner.method.micro_batches(batch, learner.micro_batch_tokens)
+    return batch.rows(0, len(taken[0].tokens_BT))
 
 
 def has_whole_gradients(learner: Learner) -> bool:
     """Whether all that trains are parameters of the model, which all get gradients that add up in place."""
-    if "autograd" not in learner.method.requires or is_multimodal(
-        learner.model.config
-    ):  # of which a part may have none
+    may_have_none = is_multimodal(learner.model.config)  # where a batch holds no image, say
+    if may_have_none or "autograd" not in learner.method.requires:
         return False
     own, active = {id(p) for p in learner.model.parameters()}, learner.method.active()
     return active.keys() == learner.method.params.keys() and all(id(p) in own for p in active.values())

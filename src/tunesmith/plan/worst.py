@@ -13,6 +13,7 @@ from tunesmith.types import Batch
 LOOKED_AT = 20_000
 """Steps of a run whose lengths are looked at; of a longer one those of its first ones."""
 AT_ONCE = 1000
+"""Steps whose samples are drawn together."""
 TRIED = 8
 """Of these the batches that are made."""
 
