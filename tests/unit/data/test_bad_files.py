@@ -102,7 +102,7 @@ CASES = [
     # ---- .jsonl: bytes
     ("a.jsonl", LINE + "{'ü': '".encode() + b"\xff'}\n", "{file}:2:8: not UTF-8 text (byte 0xff): " + UTF8),
     ("a.jsonl", LINE.decode().encode("utf-16"), "{file}: UTF-16 text: " + UTF8),
-    ("a.jsonl", gzip.compress(LINE), "{file}: compressed with gzip: end its name in .gz"),
+    ("a.jsonl", gzip.compress(LINE, mtime=0), "{file}: compressed with gzip: end its name in .gz"),
     ("a.jsonl", pyarrow.compress(LINE, "zstd", asbytes=True), "{file}: compressed with zstd: end its name in .zst"),
     ("a.jsonl", b"PK\x03\x04...", "{file}: a zip archive: unpack it"),
     ("a.csv", parquet([A]), "{file}: a parquet file: end its name in .parquet"),
@@ -167,12 +167,12 @@ CASES = [
     ("a.txt", b"one\ntwo \xff", "{file}:2:5: not UTF-8 text (byte 0xff): " + UTF8),
     # ---- archives
     ("a.jsonl.gz", LINE, "{file}: cannot be read: Not a gzipped file (b'{\"'): " + AGAIN),
-    ("a.jsonl.gz", gzip.compress(LINE)[:-9], "{file}: cannot be read: Compressed file ended before the end-of-stream marker "
+    ("a.jsonl.gz", gzip.compress(LINE, mtime=0)[:-9], "{file}: cannot be read: Compressed file ended before the end-of-stream marker "
      "was reached: " + AGAIN),
     ("a.csv.zst", pyarrow.compress(LINE, "zstd", asbytes=True)[:-5], "{file}: cannot be read: Truncated compressed stream: "
      + AGAIN),
     ("a.json.zst", LINE, "{file}: cannot be read: ZSTD decompress failed: Unknown frame descriptor: " + AGAIN),
-    ("a.txt.gz", gzip.compress(b""), "{file}: no records: give a file with at least one"),
+    ("a.txt.gz", gzip.compress(b"", mtime=0), "{file}: no records: give a file with at least one"),
     # ---- binary
     ("a.parquet", b"no parquet at all", f"{{file}}: cannot be read: {NO_MAGIC}: {AGAIN}"),
     ("a.parquet", parquet([A])[:-10], f"{{file}}: cannot be read: {NO_MAGIC}: {AGAIN}"),
