@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Run:
     steps: int
     forecast: Forecast | None = None
     """What it was foreseen to take."""
+    measured: dict[str, int] = field(default_factory=dict)
+    """Bytes that its largest batch took, at the peak of each phase."""
 
 
 def assemble(data: RunData, engine: SingleEngine, watch: Watch, build_helpers: Any = build_helpers) -> Run:

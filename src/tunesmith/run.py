@@ -31,7 +31,7 @@ from tunesmith.methods import METHODS, NonFiniteError
 from tunesmith.models.load import model_source, padding_token
 from tunesmith.objectives import Objective
 from tunesmith.plan.choose import choose
-from tunesmith.plan.start import foreseen, is_out_of_memory, out_of_memory, rehearse, shown
+from tunesmith.plan.start import DoesNotFitError, foreseen, is_out_of_memory, out_of_memory, rehearse, shown
 from tunesmith.report import write_report
 from tunesmith.run_check import check
 from tunesmith.run_data import open_data
@@ -78,7 +78,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     why = ""
     if asked.name == "auto" and config.engine.name == "fsdp" and config.train.foresee:
         config, why = choose(config)
-    with reading(console) as watch:
+    with _remedies_told(console), reading(console) as watch:
         run = build(config, watch)
     group = run.learner.engine.group
     shared = _what_ranks_share(run) | {"resume": resume} if group.world > 1 else {}
@@ -105,9 +105,10 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: E
     log = Log(events, progress, config.log.every_steps)
     evaluate, ranks = _evaluation(run, log), Ranks(log)
     checkpoint = Checkpoint(folder, log, config.checkpoint, run.objective, saved=saved)
-    with progress, StopRequest() as stop, _memory_told(run):
-        if measured := _rehearsed(run):
-            events.write("memory", step=start, **measured)
+    with _remedies_told(console), progress, StopRequest() as stop, _memory_told(run):
+        _rehearse(run)
+        if run.measured:
+            events.write("memory", step=start, **run.measured)
         log.pause()
         try:
             step = _steps(run, start, evaluate, [ranks, log, evaluate, checkpoint], stop)
@@ -135,7 +136,7 @@ def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Resu
     evaluate, start = _evaluation(run, None), begun[-1]
     checkpoint = Checkpoint(folder, None, config.checkpoint, run.objective, saved=start)
     with StopRequest() as stop, _memory_told(run):
-        _rehearsed(run)
+        _rehearse(run)
         try:
             step = _steps(run, start, evaluate, [evaluate, *[checkpoint] * group.reads_checkpoints], stop)
         except NonFiniteError as error:
@@ -150,13 +151,21 @@ def _follow(run: Run, folder: RunFolder, resume: bool, console: Console) -> Resu
     return Result(folder.path, step, step == run.steps, evaluate.losses)
 
 
-def _rehearsed(run: Run) -> dict[str, int]:
-    """Bytes that the largest batch took, by phase; nothing if that was not asked for."""
-    if not run.config.train.foresee:
-        return {}
-    found = rehearse(run)
-    run.learner.engine.group.meet()
-    return found
+def _rehearse(run: Run) -> None:
+    """The largest batch goes first, unless nothing is to be foreseen."""
+    if run.config.train.foresee:
+        rehearse(run)
+        run.learner.engine.group.meet()
+
+
+@contextmanager
+def _remedies_told(console: Console) -> Iterator[None]:
+    """Inside, a run that does not fit ends with what would, after a line that says that this is looked for."""
+    try:
+        yield
+    except DoesNotFitError as error:
+        console.print("this run does not fit: looking for what would", style="yellow")
+        raise error.with_remedies() from error
 
 
 @contextmanager

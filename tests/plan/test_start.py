@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.product.test_product import equal_bits, final_state, losses
 from tunesmith.config import RunConfig
@@ -16,6 +18,7 @@ from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.learner import Learner
 from tunesmith.plan import start
+from tunesmith.plan.devices import Device
 from tunesmith.plan.worst import worst_batch
 from tunesmith.run import build, train
 from tunesmith.run_folder import read_events
@@ -83,16 +86,45 @@ def _noting(call: Any, name: str, seen: list[tuple[str, int]]) -> Any:
     return noting
 
 
-@pytest.mark.parametrize("where", ["rehearse", "run_loop"])
-def test_out_of_memory_tells_what_was_held_and_what_would_help(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, where: str
+@pytest.mark.parametrize(
+    ("where", "phases"),
+    [("norm", {"forward", "backward", "evaluation"}), ("score", {"forward"})],
+    ids=["step", "rehearsal"],
+)
+def test_out_of_memory_tells_what_was_held_and_what_would_fit(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, where: str, phases: set[str]
 ) -> None:
-    def fail(*given: Any, **named: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nmore")
+    usual = getattr(SingleEngine, where)
 
-    monkeypatch.setattr(f"tunesmith.run.{where}", fail)
-    with pytest.raises(UserError, match=r"out of memory: CUDA(.|\n)*foreseen were(.|\n)*micro_batch_tokens"):
-        train(make_config(train={"foresee": True}))
+    def failing(self: SingleEngine, *given: Any) -> Any:
+        if type(self) is SingleEngine:  # and not foreseen
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nmore")
+        return usual(self, *given)
+
+    config = make_config(method="full", train={"foresee": True, "memory": "64GiB"})
+    monkeypatch.setattr(start, "own_memory", lambda: 2**40)
+    monkeypatch.setattr(Device, "context", 0)  # beside which a tiny model is nothing
+    monkeypatch.setattr(SingleEngine, where, failing)
+    console = Console(file=StringIO())
+    with pytest.raises(UserError) as raised:
+        train(config, console=console)
+    first, measured, foreseen, *remedies = str(raised.value).splitlines()
+    assert first == "out of memory: CUDA out of memory. Tried to allocate 20.00 MiB"
+    assert measured.startswith("measured with the largest batch, at most: ")
+    assert all(phase in measured for phase in phases)
+    assert foreseen.startswith("foreseen were ")
+    assert remedies[0] == "what would fit:"
+    assert any("engine.activation_checkpointing=true" in line for line in remedies[1:])
+    assert "looking for what would" in console.file.getvalue()
+
+
+def test_out_of_memory_of_a_run_that_was_not_foreseen(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **named: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tunesmith.run.run_loop", fail)
+    with pytest.raises(UserError, match=r"out of memory: MemoryError\n.*train.micro_batch_tokens \(now \d+\)"):
+        train(make_config(train={"foresee": False}))
 
 
 def no_answer(*given: Any) -> None:

@@ -4,33 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.dataset import Dataset
 from tunesmith.display import short_bytes
-from tunesmith.engines.single import SingleEngine
+from tunesmith.engines.single import SingleEngine, own_memory
 from tunesmith.errors import UserError
 from tunesmith.phases import watching
 from tunesmith.plan.apart import FailedApartError, apart
 from tunesmith.plan.devices import Device, measured_rates, memory_of
 from tunesmith.plan.fit import nearest
-from tunesmith.plan.forecast import Forecast, foresee, known
+from tunesmith.plan.forecast import TIGHT, Forecast, foresee, known
 from tunesmith.plan.ledger import WHOLE, Ledger
 from tunesmith.plan.shards import RankLedger
 from tunesmith.plan.show import in_short, time_in_words
 from tunesmith.plan.show_fit import on_more_devices
 from tunesmith.plan.trace import first, held_out_batch, recorded
 from tunesmith.plan.worst import worst_batch
-from tunesmith.run_data import RunData
+from tunesmith.run_data import RunData, open_data
 from tunesmith.tensors import bytes_here, local_part
 
 
+class DoesNotFitError(UserError):
+    """A run that takes more than there is."""
+
+    def __init__(self, message: str, forecast: Forecast, data: RunData) -> None:
+        """forecast: of the run, on a device with as much memory as there is."""
+        super().__init__(message)
+        self.forecast, self.data = forecast, data
+
+    def with_remedies(self) -> UserError:
+        """The same with what would fit, which takes a while to find."""
+        return UserError(f"{self}\n{remedies(self.forecast, self.data)}")
+
+
 def foreseen(data: RunData, engine: SingleEngine) -> Forecast | None:
-    """What the run will take on the engine's device; None if that was not asked for, or cannot be known. Raises UserError, with
-    what would help, for a run that takes more than there is."""
+    """What the run will take on the engine's device; None if that was not asked for, or cannot be known. Raises UserError;
+    DoesNotFitError for a run that takes more than there is."""
     config = data.config
     if not config.train.foresee or type(engine) is not SingleEngine:
         return None
@@ -42,7 +55,7 @@ def foreseen(data: RunData, engine: SingleEngine) -> Forecast | None:
             raise UserError(f"train.memory: what the run takes cannot be foreseen ({error}); leave it out") from error
         return None
     if forecast.margin < 0:
-        raise UserError(refusal(forecast, data))
+        raise DoesNotFitError(refusal(forecast), forecast, data)
     return forecast
 
 
@@ -53,14 +66,13 @@ def device_here(device: torch.device, memory: int | None) -> Device:
     return Device(name, kind, min(memory or there, there), measured_rates(kind))
 
 
-def refusal(forecast: Forecast, data: RunData) -> str:
-    """Why a run does not fit, and what would."""
-    parts = ", ".join(f"{name} {short_bytes(size)}" for name, size in _largest(forecast.parts))
+def refusal(forecast: Forecast) -> str:
+    """Why a run does not fit."""
     memory = short_bytes(forecast.device.memory)
-    limit = f"train.memory: {memory}" if data.config.train.memory else f"the {memory} of {forecast.device.name}"
+    limit = f"train.memory: {memory}" if forecast.config.train.memory else f"the {memory} of {forecast.device.name}"
     return (
-        f"{limit} are too little: the run would take {short_bytes(forecast.needed)} ({parts}), as foreseen; train.foresee: "
-        "false tries it all the same\n" + remedies(forecast, data)
+        f"{limit} are too little: the run would take {short_bytes(forecast.needed)} ({_largest(forecast.parts)}), as foreseen; "
+        "train.foresee: false tries it all the same"
     )
 
 
@@ -73,8 +85,11 @@ def remedies(forecast: Forecast, data: RunData) -> str:
     return "\n".join(["what would fit:", *lines] if lines else ["nothing that is known would make it fit"])
 
 
-def _largest(parts: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(parts.items(), key=lambda part: -part[1])[:4]
+def _largest(sizes: Mapping[str, int]) -> str:
+    """The four largest, in words."""
+    return ", ".join(
+        f"{name} {short_bytes(size)}" for name, size in sorted(sizes.items(), key=lambda part: -part[1])[:4]
+    )
 
 
 def shown(forecast: Forecast) -> list[tuple[str, str]]:
@@ -82,9 +97,9 @@ def shown(forecast: Forecast) -> list[tuple[str, str]]:
     return [("foreseen", in_short(forecast)), ("", time_in_words(forecast))]
 
 
-def rehearse(run: Any) -> dict[str, int]:
+def rehearse(run: Any) -> None:
     """Let the run's largest batch, and the largest held-out one, go through the model before the first step, beside as much
-    memory as the optimizer will hold. Nothing is changed by it. Returns bytes at the peak, by phase."""
+    memory as the optimizer will hold. Nothing is changed by it but the run's `measured`."""
     learner = run.learner
     batch, held_out = worst_batch(run), held_out_batch(run)
     if learner.engine.world == 1:  # where ranks share a batch out, its first rows are one rank's
@@ -93,14 +108,13 @@ def rehearse(run: Any) -> dict[str, int]:
     learner.engine.seed(run.config.seed, 0)
     learner.engine.group.at(1, "rehearsal")
     missing = _missing_state(learner)
-    with _measured(run) as peaks:
+    with _measured(run):
         room = torch.zeros(missing, dtype=torch.uint8, device=learner.engine.device)
         for ready in run.objective.prepare(batch, run.helpers):
             learner.rehearse(run.objective, ready)
         if held_out is not None:
             learner.sums(run.objective, [held_out], run.helpers)
         del room
-    return {name: size for name, size in peaks.items() if name}
 
 
 def _missing_state(learner: Any) -> int:
@@ -114,34 +128,39 @@ def _missing_state(learner: Any) -> int:
 
 
 @contextmanager
-def _measured(run: Any) -> Iterator[dict[str, int]]:
-    """Peaks by phase, filled in at the end: of all tensors on the CPU, of the allocator on CUDA."""
-    peaks: dict[str, int] = {}
+def _measured(run: Any) -> Iterator[None]:
+    """Inside, the run's `measured` gets the peak of each phase: of all tensors on the CPU, of the allocator on CUDA. So much
+    is known also when memory runs out."""
     device = run.learner.engine.device
     if device.type != "cuda":
         ledger = Ledger() if run.learner.engine.world == 1 else RankLedger()
-        with recorded(run, ledger):
-            yield peaks
-        peaks |= {name: peak.bytes for name, peak in ledger.peaks.items()}
+        try:
+            with recorded(run, ledger):
+                yield
+        finally:
+            run.measured.update({name: peak.bytes for name, peak in ledger.peaks.items() if name})
         return
 
     phases = [""]
 
     def book() -> None:
         """What was held at most since this was last called is the present phase's."""
-        peaks[phases[-1]] = max(peaks.get(phases[-1], 0), torch.cuda.max_memory_allocated(device))
+        if phases[-1]:
+            run.measured[phases[-1]] = max(run.measured.get(phases[-1], 0), torch.cuda.max_memory_allocated(device))
         torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
     def watch(name: str) -> Iterator[None]:
         book()
         phases.append(phases[-1] if phases[-1] in WHOLE else name)
-        yield
-        book()
-        phases.pop()
+        try:
+            yield
+        finally:
+            book()
+            phases.pop()
 
     with watching(watch):
-        yield peaks
+        yield
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -150,16 +169,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, run: Any) -> UserError:
-    """What to tell of it: what was held, and what would help."""
+    """What to tell of it: what was held. A DoesNotFitError, which finds what would fit, for a run that had been foreseen."""
     config: RunConfig = run.config
     lines = [f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"]
+    if run.measured:
+        lines.append(f"measured with the largest batch, at most: {_largest(run.measured)}")
     forecast: Forecast | None = run.forecast
-    if forecast is not None:
-        parts = ", ".join(f"{name} {short_bytes(size)}" for name, size in _largest(forecast.parts))
-        lines.append(f"foreseen were {short_bytes(forecast.needed)}: {parts}")
-    if isinstance(run.data, Dataset):
-        lines.append(HINT.format(tokens=config.train.micro_batch_tokens))
-    return UserError("\n".join(lines))
+    if forecast is None:
+        return UserError("\n".join([*lines, HINT.format(tokens=config.train.micro_batch_tokens)]))
+    lines.append(f"foreseen were {short_bytes(forecast.needed)}: {_largest(forecast.parts)}")
+    within = replace(
+        forecast, device=replace(forecast.device, memory=_could_be_had(run.learner.engine.device, forecast))
+    )
+    return DoesNotFitError("\n".join(lines), within, open_data(config))
+
+
+def _could_be_had(device: torch.device, forecast: Forecast) -> int:
+    """Bytes that are certainly there for a run whose memory has run out: those it had, and less than it was foreseen to take."""
+    context = forecast.device.context
+    had = torch.cuda.memory_reserved(device) + context if device.type == "cuda" else own_memory()
+    return min(had, round(context + TIGHT * (forecast.needed - context)))
 
 
 HINT = (

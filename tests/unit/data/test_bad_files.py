@@ -167,8 +167,8 @@ CASES = [
     ("a.txt", b"one\ntwo \xff", "{file}:2:5: not UTF-8 text (byte 0xff): " + UTF8),
     # ---- archives
     ("a.jsonl.gz", LINE, "{file}: cannot be read: Not a gzipped file (b'{\"'): " + AGAIN),
-    ("a.jsonl.gz", gzip.compress(LINE, mtime=0)[:-9], "{file}: cannot be read: Compressed file ended before the end-of-stream marker "
-     "was reached: " + AGAIN),
+    ("a.jsonl.gz", gzip.compress(LINE, mtime=0)[:-9], "{file}: cannot be read: Compressed file ended before the end-of-stream "
+     "marker was reached: " + AGAIN),
     ("a.csv.zst", pyarrow.compress(LINE, "zstd", asbytes=True)[:-5], "{file}: cannot be read: Truncated compressed stream: "
      + AGAIN),
     ("a.json.zst", LINE, "{file}: cannot be read: ZSTD decompress failed: Unknown frame descriptor: " + AGAIN),
