@@ -21,7 +21,7 @@ from tunesmith.data.dataset import EvaluationBatches
 from tunesmith.engines import with_engine
 from tunesmith.plan.flops import FORMULAS
 from tunesmith.plan.ledger import Ledger, Peak
-from tunesmith.plan.trace import Traced, first, first_of_two_alike, recorded, take_step, trace
+from tunesmith.plan.trace import Traced, first, first_of_two_alike, keep_numbers, recorded, take_step, trace
 from tunesmith.plan.worst import worst_batch
 from tunesmith.run import build
 from tunesmith.run_data import open_data
@@ -172,7 +172,12 @@ class Workplace:
                 "method": {"name": cell.method, **cell.of_method},
                 "optimizer": {"name": cell.optimizer, "lr": 1e-4, **cell.of_optimizer},
                 "engine": {"name": "single", "device": "cpu", "activation_checkpointing": cell.checkpointing},
-                "train": {"batch_size": 4, "steps": 12, "micro_batch_tokens": rows * cell.tokens // cell.micro_batches},
+                "train": {
+                    "batch_size": 4,
+                    "steps": 12,
+                    "micro_batch_tokens": rows * cell.tokens // cell.micro_batches,
+                    "foresee": False,
+                },
                 "output": str(self.folder / "run"),
             }
         )
@@ -236,6 +241,7 @@ def compare(config: RunConfig, cell: Cell) -> Compared:
 
 def measure(run: Run) -> Mapping[str, Peak]:
     """What a run on the CPU holds at most: each step twice, and evaluations."""
+    keep_numbers(run.config)
     ledger, batch, config = Ledger(), worst_batch(run), run.config
     held_out = EvaluationBatches(run.held_out, config.train.batch_size, config.data.max_tokens, run.pack, run.share)
     with recorded(run, ledger):
