@@ -137,7 +137,7 @@ class Shadow(TorchDispatchMode):
         return self.fake.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
 
 
-NO_INDICES = ("update", "host", "disk")
+NO_INDICES = ("update", "host", "disk", "saving")
 """Phases in which nothing that is made says how large other things are."""
 
 

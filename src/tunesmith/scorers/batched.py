@@ -15,6 +15,7 @@ from tunesmith.methods.directions import LowRankDirections, device_of, layer_siz
 from tunesmith.models.load import decoder_of
 from tunesmith.models.low_rank import Probe
 from tunesmith.scorers.base import Scorer
+from tunesmith.tensors import is_hollow
 from tunesmith.types import Batch, Scores, Wanted
 
 
@@ -31,6 +32,8 @@ class BatchedScorer(Scorer):
         Each token is held against the gap between its own two states, in the middle channel: a massive activation is as large
         as all others together, under any state.
         """
+        if is_hollow(next(self.model.parameters())):  # nothing to compare
+            return
         u = {
             name: torch.full((1, layer_sizes(layer)[0], self.directions.rank), 0.01, device=device_of(layer))
             for name, layer in self.directions.layers.items()
