@@ -43,12 +43,15 @@ def test_nothing_is_changed_by_it(make_config: MakeConfig, tmp_path: Path, secti
     assert equal_bits(final_state(one.folder), final_state(other.folder))
 
 
-def test_what_was_foreseen_is_kept_and_is_what_the_largest_batch_takes(make_config: MakeConfig) -> None:
-    run = train(make_config(train={"foresee": True}))
+@pytest.mark.parametrize("sections", [{}, {"method": {"name": "chunk", "num_chunks": 3, "order": "descending"}}])
+def test_what_was_foreseen_is_kept_and_is_what_the_largest_batch_takes(
+    make_config: MakeConfig, sections: dict[str, Any]
+) -> None:
+    run = train(make_config(**sections, train={"foresee": True}))
     foreseen = json.loads((run.folder / "manifest.json").read_text())["foreseen"]
     (measured,) = (event for event in read_events(run.folder / "events.jsonl") if event["event"] == "memory")
     for phase in ("forward", "logits", "backward", "evaluation"):
-        assert measured[phase] == pytest.approx(foreseen["peaks"][phase], rel=0.01)
+        assert measured[phase] == pytest.approx(foreseen["peaks"][phase], rel=0.02)
     assert (run.folder / "memory.png").stat().st_size > 1000
     assert "memory.png" in (run.folder / "report.md").read_text()
 

@@ -162,10 +162,25 @@ class Chunk(Method):
         metrics["coverage"] = torch.tensor(self._elements(self.seen) / self._elements(range(len(self.chunks))))
         return metrics
 
+    def rehearse(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> None:
+        """In all turns that differ in what they take; once something has been learnt in the present one alone."""
+        present, seen = self.turns.at(self.updates), self.seen
+        for chunks in [present] if self.updates else self._unlike(list(self._ends_of_turns())):
+            self._turn_to(chunks)
+            self._expect(several=len(micro_batches) > 1 or self.engine.world > 1)
+            self.gradient(loss_fn, micro_batches)
+            self.drop_gradients()
+        self._turn_to(present)
+        self.seen = seen
+
+    def _ends_of_turns(self) -> dict[tuple[int, ...], int]:
+        """Of the chunks that train together, the last update of their turn in the first cycle."""
+        cycle, last = self.turns.per_cycle * self.turns.updates_per_chunk, self.turns.updates_per_chunk - 1
+        return {self.turns.at(update): update for update in range(last, cycle, last + 1)}
+
     def unlike_steps(self) -> Iterator[None]:
         """Of few chunks all; of many the first, the last, the largest, and those with embeddings and head."""
-        cycle, last = self.turns.per_cycle * self.turns.updates_per_chunk, self.turns.updates_per_chunk - 1
-        by_chunks = {self.turns.at(update): update for update in range(last, cycle, last + 1)}
+        by_chunks = self._ends_of_turns()
         for update in by_chunks.values():
             self.updates = update
             self.ready(several=False)
@@ -193,6 +208,9 @@ class Chunk(Method):
 
     def ready(self, several: bool) -> None:
         self._turn_to(self.turns.at(self.updates))
+        self._expect(several)
+
+    def _expect(self, several: bool) -> None:
         for trainee in self.trainees:
             trainee.expect(several)
 
@@ -221,7 +239,7 @@ class Chunk(Method):
         for trainee in self.trainees:
             if trainee not in staying:
                 trainee.stop()
-                if self.config.state != "reset" and (state := trainee.state()):
+                if self.updates and self.config.state != "reset" and (state := trainee.state()):
                     self.shelf.put(trainee.span.key, state)
         self.trainees = staying  # the old state is free before the new one comes
         self._begin(wanted)
