@@ -185,7 +185,7 @@ def out_of_memory(error: BaseException, run: Any) -> UserError:
 
 
 def _could_be_had(device: torch.device, forecast: Forecast) -> int:
-    """Bytes that are certainly there for a run whose memory has run out: those it had, and less than it was foreseen to take."""
+    """Bytes that are certainly there for a run out of memory: those it had, and less than it was foreseen to take."""
     context = forecast.device.context
     had = torch.cuda.memory_reserved(device) + context if device.type == "cuda" else own_memory()
     return min(had, round(context + TIGHT * (forecast.needed - context)))
