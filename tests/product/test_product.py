@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "freeze": {"last_blocks": 1},
     "lora": {"rank": 4},
     "chunk": {"num_chunks": 2, "row_alignment": 8},
-    "zeroth": {"queries": 16, "refresh_every": 2},
+    "zeroth": {"queries": 8, "refresh_every": 2},
 }
 """What a method cannot do without, or needs to learn something in a few steps of a tiny model."""
 
