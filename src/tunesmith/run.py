@@ -79,7 +79,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     if asked.name == "auto" and config.engine.name == "fsdp" and config.train.foresee:
         config, why = choose(config)
     with _remedies_told(console), reading(console) as watch:
-        run = build(config, watch)
+        run = build(config, watch, foresee=True)
     group = run.learner.engine.group
     shared = _what_ranks_share(run) | {"resume": resume} if group.world > 1 else {}
     with group.joined(shared):
@@ -251,8 +251,9 @@ def _with(config: RunConfig, section: str, **settings: Any) -> RunConfig:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=settings)})
 
 
-def build(config: RunConfig, watch: Watch = unwatched) -> Run:
-    """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load."""
+def build(config: RunConfig, watch: Watch = unwatched, foresee: bool = False) -> Run:
+    """Make the parts: data first, since its mistakes are commoner and cheaper to find than weights are to load. foresee: what
+    the run will take, if the configuration lets it; raises DoesNotFitError before it loads what is too large."""
     config = with_engine(config)
     needs_fp32 = METHODS[config.method.name].needs_fp32_weights(config.method)
     engine = build_engine(config.engine, config.model.precision, needs_fp32)
@@ -260,7 +261,7 @@ def build(config: RunConfig, watch: Watch = unwatched) -> Run:
     with engine.group.telling():
         with engine.group.one_first():
             data = open_data(config, watch)
-        forecast = foreseen(data, engine)
+        forecast = foreseen(data, engine) if foresee else None
         if config.train.memory is not None:
             engine.economize()
         return replace(assemble(data, engine, watch), forecast=forecast)

@@ -126,7 +126,7 @@ def config_for(folder: Path, file: Path, **sections: Any) -> RunConfig:
         "data": {"path": str(file), "eval_fraction": 0.0, "max_tokens": 200},
         "engine": {"name": "single", "device": "cpu"},
         "optimizer": {"name": "adamw", "lr": 1e-2},
-        "train": {"batch_size": 4, "steps": 3},
+        "train": {"batch_size": 4, "steps": 3, "foresee": False},
         "output": str(file.parent / "run"),
     }
     for name, value in sections.items():
@@ -541,7 +541,7 @@ def test_text_alone_trains_on_a_multimodal_model(model_at: ModelAt, chat_file: P
 
 def test_images_can_be_streamed(model_at: ModelAt, tmp_path: Path) -> None:
     data = dark_or_light(tmp_path)
-    train(config_for(model_at("qwen2_vl"), data, data={"stream": True, "shuffle_window": 3}))
+    train(config_for(model_at("qwen2_vl"), data, data={"stream": True, "shuffle_window": 3}, train={"foresee": True}))
     assert len(losses(tmp_path / "run")) == 3
 
 
@@ -568,7 +568,7 @@ def test_sounds_train(model_at: ModelAt, tmp_path: Path) -> None:
             own = model(**inputs).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
         targets = batch.weights_BT[row, 1 : len(ids)] != 0
         torch.testing.assert_close(scored[row, 1 : len(ids)][targets], own[targets], rtol=0, atol=1e-9)
-    train(config_for(model_at("qwen2_audio"), data, train={"steps": 10, "batch_size": 4}))
+    train(config_for(model_at("qwen2_audio"), data, train={"steps": 10, "batch_size": 4, "foresee": True}))
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
 
 
