@@ -47,8 +47,8 @@ class Forecast:
         """What is held at the peak, by what it is for, with what surrounds torch's tensors."""
         peak = self.traced.peak
         moving = sum(size for kind, size in peak.kinds.items() if kind not in HELD)
-        found = {kind: peak.kinds[kind] for kind in ORDER if peak.kinds.get(kind)}
-        found |= {kind: size for kind, size in peak.kinds.items() if kind not in found and size >= 1024}
+        large = {kind: size for kind, size in peak.kinds.items() if size >= 1024}
+        found = {kind: large[kind] for kind in (*ORDER, *large) if kind in large}
         keeps = self.device.kind == "cpu" and self.config.train.memory is None
         gaps = GAPS_OF_KEPT if keeps else GAPS[self.device.kind]
         return found | {"allocator": round(gaps * moving), "context": self.device.context}
