@@ -253,7 +253,11 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a wait for another rank that takes longer is no news
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
-    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # tell of kernels that they lack and nobody asked for
+    for library in (
+        "torchao",
+        "bitsandbytes",
+        "torch.utils._pytree",
+    ):  # tell of kernels that they lack and nobody asked for
         logging.getLogger(library).setLevel(logging.ERROR)
     is_launched = LAUNCHED in os.environ and "RANK" in os.environ  # of which the launcher itself has the first alone
     if is_launched and os.environ["RANK"] != "0":  # rank 0 gives the same warnings

@@ -111,7 +111,6 @@ def test_chunks_within_a_budget(folder: Path) -> None:
     assert 0.75 * limit <= found.peak.bytes <= limit
 
 
-@pytest.mark.filterwarnings("ignore:method.eps")
 def test_zeroth_order_of_8b(folder: Path) -> None:
     found = foresee(folder, "llama-8b", "bf16", method="zeroth", optimizer={"name": "sgd", "lr": 1e-6})
     assert found.parameters == 8_030_261_248

@@ -5,6 +5,7 @@ The step is the run's own: its model, objective, method and data, by the same co
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def _trace(run: Run, batch: Batch, held_out: Batch | None, step_tokens: float) -
         next(steps)  # what comes before is no part of a step
     alike = first_of_two_alike(run, batch)
     batch = batch if alike is None else alike
-    with recorded(run, ledger, has_gradients=alike is not None):
+    with recorded(run, ledger, has_gradients=alike is not None), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are of numbers that are not there
         for _ in chain([None], steps):
             before, updated = ledger.work, ledger.updates
             take_step(run, batch, ledger)
@@ -234,15 +236,20 @@ def recorded(run: Run, ledger: Ledger, has_gradients: bool = False) -> Iterator[
 def _name_held(learner: Learner, ledger: Ledger, helpers: Mapping[str, Any]) -> None:
     """Tell the ledger of what is held from step to step."""
     for name, p in learner.model.named_parameters():
-        ledger.name([p.detach()], "adapter" if "lora_" in name else "weights")
+        ledger.name([p.detach()], _adapter_or(name, "weights"))
     ledger.name(learner.model.buffers(), "weights")
     ledger.name(learner.method.states(), "optimizer state")
     ledger.name(learner.method.waiting(), "on the host")
     for helper in helpers.values():
         if (model := getattr(helper, "model", None)) is not None:
             ledger.name([*model.parameters(), *model.buffers()], "reference and teacher")
-    if learner.method.start:
-        ledger.name(learner.method.start.values(), "reference and teacher")
+    for name, x in (learner.method.start or {}).items():
+        ledger.name([x], _adapter_or(name, "reference and teacher"))
+
+
+def _adapter_or(name: str, kind: str) -> str:
+    """What a parameter of this name is for."""
+    return "adapter" if "lora_" in name else kind
 
 
 def _kind(device: str) -> str:
