@@ -164,7 +164,7 @@ def _remedies_told(console: Console) -> Iterator[None]:
     try:
         yield
     except DoesNotFitError as error:
-        console.print("this run does not fit: looking for what would", style="yellow")
+        console.print(f"{str(error).splitlines()[0]}\nlooking for what would fit", style="yellow", markup=False)
         raise error.with_remedies() from error
 
 

@@ -43,6 +43,33 @@ def test_nothing_is_changed_by_it(make_config: MakeConfig, tmp_path: Path, secti
     assert equal_bits(final_state(one.folder), final_state(other.folder))
 
 
+@pytest.mark.parametrize("step", [2, 3], ids=["between turns", "within a turn"])
+@pytest.mark.parametrize("state", ["keep", "reset", "8bit"])
+def test_nothing_is_changed_by_it_on_resuming(make_config: MakeConfig, tmp_path: Path, state: str, step: int) -> None:
+    chunk = {"name": "chunk", "num_chunks": 3, "updates_per_chunk": 2, "order": "ascending", "state": state}
+    sections: dict[str, Any] = {
+        "method": chunk, "model": {"precision": "bf16"}, "checkpoint": {"every_steps": 1, "keep": 9},
+        "optimizer": {"name": "adamw", "lr": 1e-2},
+    }  # fmt: skip
+
+    def config(foresee: bool, folder: Path) -> RunConfig:
+        return make_config(**sections, train={"steps": 6, "foresee": foresee}, output=str(folder))
+
+    def told(folder: Path) -> list[tuple[float, float, float]]:
+        steps = [event for event in read_events(folder / "events.jsonl") if event["event"] == "step"]
+        return [(event["loss"], event["chunk"], event["coverage"]) for event in steps]
+
+    whole, second = tmp_path / "whole", tmp_path / "second"
+    train(config(False, whole))
+    (second / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "manifest.json"):
+        (second / name).write_bytes((whole / name).read_bytes())
+    (whole / f"checkpoints/step-{step}").rename(second / f"checkpoints/step-{step}")
+    train(config(True, second), resume=True)
+    assert told(whole)[step:] == told(second)
+    assert equal_bits(final_state(whole), final_state(second))
+
+
 @pytest.mark.parametrize("sections", [{}, {"method": {"name": "chunk", "num_chunks": 3, "order": "descending"}}])
 def test_what_was_foreseen_is_kept_and_is_what_the_largest_batch_takes(
     make_config: MakeConfig, sections: dict[str, Any]
@@ -51,7 +78,7 @@ def test_what_was_foreseen_is_kept_and_is_what_the_largest_batch_takes(
     foreseen = json.loads((run.folder / "manifest.json").read_text())["foreseen"]
     (measured,) = (event for event in read_events(run.folder / "events.jsonl") if event["event"] == "memory")
     for phase in ("forward", "logits", "backward", "evaluation"):
-        assert measured[phase] == pytest.approx(foreseen["peaks"][phase], rel=0.02)
+        assert measured[phase] == pytest.approx(foreseen["peaks"][phase], rel=0.01)
     assert (run.folder / "memory.png").stat().st_size > 1000
     assert "memory.png" in (run.folder / "report.md").read_text()
 
@@ -105,7 +132,6 @@ def test_out_of_memory_tells_what_was_held_and_what_would_fit(
         return usual(self, *given)
 
     config = make_config(method="full", train={"foresee": True, "memory": "64GiB"})
-    monkeypatch.setattr(start, "own_memory", lambda: 2**40)
     monkeypatch.setattr(Device, "context", 0)  # beside which a tiny model is nothing
     monkeypatch.setattr(SingleEngine, where, failing)
     console = Console(file=StringIO())
@@ -118,7 +144,7 @@ def test_out_of_memory_tells_what_was_held_and_what_would_fit(
     assert foreseen.startswith("foreseen were ")
     assert remedies[0] == "what would fit:"
     assert any("engine.activation_checkpointing=true" in line for line in remedies[1:])
-    assert "looking for what would" in console.file.getvalue()
+    assert "CUDA out of memory. Tried to allocate 20.00 MiB\nlooking for what would fit" in console.file.getvalue()
 
 
 def test_out_of_memory_of_a_run_that_was_not_foreseen(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tunesmith.errors import UserError
 from tunesmith.methods.optim import build_optimizer, optimizer_bytes
 from tunesmith.phases import phase
 from tunesmith.plan.activations import Activations
-from tunesmith.tensors import local_part, mapped, mesh_of, room_for
+from tunesmith.tensors import bytes_here, local_part, mapped, mesh_of, room_for
 from tunesmith.types import Batch, Memory, Scores, Wanted
 
 Metrics = dict[str, Tensor]
@@ -65,6 +65,7 @@ class GroupLike(Protocol):
 class EngineLike(Protocol):
     """What a method asks of an engine."""
 
+    device: torch.device
     world: int
 
     def score(self, model: Any, batch: Batch, wanted: Wanted | None = None) -> Scores: ...
@@ -165,10 +166,25 @@ class Method:
         return metrics
 
     def rehearse(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> None:
-        """What `step` does before anything changes."""
+        """What `step` does before anything changes, beside as much memory as the optimizer will hold."""
         self.ready(several=len(micro_batches) > 1)
-        self.gradient(loss_fn, micro_batches)
+        with self.beside_state():
+            self.gradient(loss_fn, micro_batches)
         self.drop_gradients()
+
+    @contextmanager
+    def beside_state(self) -> Iterator[None]:
+        """Inside, memory is taken for the optimizer state that an update of what trains now would make."""
+        own = {name: local_part(p.detach()) for name, p in self.active().items()}
+        waits = any(p.device != self.engine.device for p in own.values())  # and its state with it
+        missing = 0 if waits else max(0, self._state_bytes(own) - bytes_here(self.states()))
+        room = torch.zeros(missing, dtype=torch.uint8, device=self.engine.device)
+        yield
+        del room
+
+    def _state_bytes(self, own: Mapping[str, Tensor]) -> int:
+        """Of the optimizer state of what trains now. own: this rank's parts of it."""
+        return self.memory({name: (p.numel(), p.element_size()) for name, p in own.items()}).optimizer_bytes
 
     def unlike_steps(self) -> Iterator[None]:
         """Stands before one after the other of those steps that differ in the memory they take, as they are when training has

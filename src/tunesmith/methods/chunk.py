@@ -165,13 +165,20 @@ class Chunk(Method):
     def rehearse(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> None:
         """In all turns that differ in what they take; once something has been learnt in the present one alone."""
         present, seen = self.turns.at(self.updates), self.seen
-        for chunks in [present] if self.updates else self._unlike(list(self._ends_of_turns())):
-            self._turn_to(chunks)
+        longest = self.turns.updates_per_chunk
+        comes = [chunks for chunks, last in self._ends_of_turns().items() if last - longest + 1 < self.extent.steps]
+        for chunks in [present] if self.updates else self._unlike(comes):
+            self._turn_to(chunks, keep=self.updates > 0)
             self._expect(several=len(micro_batches) > 1 or self.engine.world > 1)
-            self.gradient(loss_fn, micro_batches)
+            with self.beside_state():
+                self.gradient(loss_fn, micro_batches)
             self.drop_gradients()
-        self._turn_to(present)
-        self.seen = seen
+        self._turn_to(present, keep=self.updates > 0)
+        self.seen = seen | set(present)
+
+    def _state_bytes(self, own: Mapping[str, Tensor]) -> int:
+        names = {trainee.span.key: trainee.span.name for trainee in self.trainees}
+        return round(sum(p.numel() * self.pieces[names[key]].state_bytes for key, p in own.items()))
 
     def _ends_of_turns(self) -> dict[tuple[int, ...], int]:
         """Of the chunks that train together, the last update of their turn in the first cycle."""
@@ -231,15 +238,15 @@ class Chunk(Method):
     present: tuple[int, ...] = ()
     """The chunks whose turn it is."""
 
-    def _turn_to(self, wanted: tuple[int, ...]) -> None:
-        """End one chunk's turn and begin another's."""
+    def _turn_to(self, wanted: tuple[int, ...], keep: bool = True) -> None:
+        """End one chunk's turn and begin another's. keep: what has been learnt in that which ends."""
         if wanted == self.present:
             return
         staying = [trainee for trainee in self.trainees if trainee.span in self.always]
         for trainee in self.trainees:
             if trainee not in staying:
                 trainee.stop()
-                if self.updates and self.config.state != "reset" and (state := trainee.state()):
+                if keep and self.config.state != "reset" and (state := trainee.state()):
                     self.shelf.put(trainee.span.key, state)
         self.trainees = staying  # the old state is free before the new one comes
         self._begin(wanted)

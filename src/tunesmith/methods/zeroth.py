@@ -172,8 +172,9 @@ class Zeroth(Method):
     def rehearse(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> None:
         self.directions.begin(len(self.updates), self.config.queries)  # as the next step will
         self.model.eval()
-        for micro_batch in micro_batches:
-            loss_fn(micro_batch, self.probes)
+        with self.beside_state():
+            for micro_batch in micro_batches:
+                loss_fn(micro_batch, self.probes)
         self.model.train()
 
     def unlike_steps(self) -> Iterator[None]:

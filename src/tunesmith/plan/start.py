@@ -11,11 +11,11 @@ import torch
 
 from tunesmith.config import RunConfig
 from tunesmith.display import short_bytes
-from tunesmith.engines.single import SingleEngine, own_memory
+from tunesmith.engines.single import SingleEngine
 from tunesmith.errors import UserError
 from tunesmith.phases import watching
 from tunesmith.plan.apart import FailedApartError, apart
-from tunesmith.plan.devices import Device, measured_rates, memory_of
+from tunesmith.plan.devices import Device, host_memory, measured_rates, memory_of
 from tunesmith.plan.fit import nearest
 from tunesmith.plan.forecast import TIGHT, Forecast, foresee, known
 from tunesmith.plan.ledger import WHOLE, Ledger
@@ -25,20 +25,22 @@ from tunesmith.plan.show_fit import on_more_devices
 from tunesmith.plan.trace import first, held_out_batch, recorded
 from tunesmith.plan.worst import worst_batch
 from tunesmith.run_data import RunData, open_data
-from tunesmith.tensors import bytes_here, local_part
 
 
 class DoesNotFitError(UserError):
     """A run that takes more than there is."""
 
-    def __init__(self, message: str, forecast: Forecast, data: RunData) -> None:
-        """forecast: of the run, on a device with as much memory as there is."""
+    def __init__(self, message: str, forecast: Forecast, data: RunData | None = None) -> None:
+        """forecast: of the run, on a device with as much memory as there is. data: what it trains on, if that is at hand."""
         super().__init__(message)
         self.forecast, self.data = forecast, data
 
     def with_remedies(self) -> UserError:
-        """The same with what would fit, which takes a while to find."""
-        return UserError(f"{self}\n{remedies(self.forecast, self.data)}")
+        """The same with what would fit, which takes a while to find; without, where memory is too short to look for it."""
+        try:
+            return UserError(f"{self}\n{remedies(self.forecast, self.data or open_data(self.forecast.config))}")
+        except (RuntimeError, MemoryError, OSError, UserError):
+            return UserError(str(self))
 
 
 def foreseen(data: RunData, engine: SingleEngine) -> Forecast | None:
@@ -107,24 +109,14 @@ def rehearse(run: Any) -> None:
         held_out = None if held_out is None else first(run, held_out)
     learner.engine.seed(run.config.seed, 0)
     learner.engine.group.at(1, "rehearsal")
-    missing = _missing_state(learner)
     with _measured(run):
-        room = torch.zeros(missing, dtype=torch.uint8, device=learner.engine.device)
-        for ready in run.objective.prepare(batch, run.helpers):
+        with learner.method.beside_state():
+            prepared = list(run.objective.prepare(batch, run.helpers))
+        for ready in prepared:
             learner.rehearse(run.objective, ready)
         if held_out is not None:
-            learner.sums(run.objective, [held_out], run.helpers)
-        del room
-
-
-def _missing_state(learner: Any) -> int:
-    """Bytes of optimizer state that the first update will make."""
-    own = {name: local_part(p.detach()) for name, p in learner.method.active().items()}
-    if any(p.device != learner.engine.device for p in own.values()):  # it waits in the host's memory
-        return 0
-    shapes = {name: (p.numel(), p.element_size()) for name, p in own.items()}
-    there = bytes_here(learner.method.states())
-    return int(max(0, learner.method.memory(shapes).optimizer_bytes - there))
+            with learner.method.beside_state():
+                learner.sums(run.objective, [held_out], run.helpers)
 
 
 @contextmanager
@@ -178,17 +170,15 @@ def out_of_memory(error: BaseException, run: Any) -> UserError:
     if forecast is None:
         return UserError("\n".join([*lines, HINT.format(tokens=config.train.micro_batch_tokens)]))
     lines.append(f"foreseen were {short_bytes(forecast.needed)}: {_largest(forecast.parts)}")
-    within = replace(
-        forecast, device=replace(forecast.device, memory=_could_be_had(run.learner.engine.device, forecast))
-    )
-    return DoesNotFitError("\n".join(lines), within, open_data(config))
+    there = min(_there_now(run.learner.engine.device, forecast.device), round(TIGHT * forecast.needed))
+    return DoesNotFitError("\n".join(lines), replace(forecast, device=replace(forecast.device, memory=there)))
 
 
-def _could_be_had(device: torch.device, forecast: Forecast) -> int:
-    """Bytes that are certainly there for a run out of memory: those it had, and less than it was foreseen to take."""
-    context = forecast.device.context
-    had = torch.cuda.memory_reserved(device) + context if device.type == "cuda" else own_memory()
-    return min(had, round(context + TIGHT * (forecast.needed - context)))
+def _there_now(device: torch.device, told: Device) -> int:
+    """Bytes that this process has or could have, beside what others hold."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + told.context
+    return min(told.memory, host_memory())
 
 
 HINT = (

@@ -227,10 +227,12 @@ def recorded(run: Run, ledger: Ledger, has_gradients: bool = False) -> Iterator[
                     handles.append(p.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients")))
         return ledger.during(phase)
 
-    with torch.compiler.set_stance("force_eager"), ledger, following(ledger), watching(hear):
-        yield
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.compiler.set_stance("force_eager"), ledger, following(ledger), watching(hear):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _name_held(learner: Learner, ledger: Ledger, helpers: Mapping[str, Any]) -> None:
