@@ -7,11 +7,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith.errors import UserError
+
+if TYPE_CHECKING:
+    from tunesmith.config import RunConfig
 
 LAUNCHED = "TUNESMITH_LAUNCHED"
 """Set in ranks that a launcher of ours has started, to which they leave it to tell of an error."""
@@ -105,7 +108,9 @@ def generate(
 
 @app.command()
 def plan(
-    target: Annotated[str, typer.Argument(metavar="run.yaml|MODEL", help="A configuration, or a model to look at.")],
+    target: Annotated[
+        str, typer.Argument(metavar="run.yaml...|MODEL", help="One or more configurations, or a model to look at.")
+    ],
     overrides: Overrides = None,
     device: Annotated[
         str | None,
@@ -126,24 +131,49 @@ def plan(
     from rich.console import Console
 
     from tunesmith.config_file import load_config
-    from tunesmith.plan.devices import find_device, within
+    from tunesmith.plan.devices import find_device
 
+    settings = [given for given in overrides or () if not _is_file(given)]
+    files = [target, *(given for given in overrides or () if _is_file(given))]
     if write is not None and not fit:
         raise UserError("--write: writes what --fit finds; give both")
-    if Path(target).suffix not in (".yaml", ".yml", ".json"):
+    if write is not None and len(files) > 1:
+        raise UserError(f"--write: writes one configuration, but {len(files)} are given; give one")
+    if not _is_file(target):
+        if len(files) > 1:
+            raise UserError(
+                f"{target}: give a model alone, or configurations, which end in .yaml; got {files[1]} beside it"
+            )
         if fit or world is not None or price is not None:
             raise UserError(f"{target}: --fit, --world and --price are for a configuration, which ends in .yaml")
         from tunesmith.plan.show_survey import print_survey
 
-        print_survey(target, overrides or (), find_device(device), Console())
+        print_survey(target, settings, find_device(device), Console())
         return
-    config = load_config(Path(target), overrides or ())
-    if world is not None:
+    for number, file in enumerate(files):
+        if len(files) > 1:
+            print(f"\n{file}" if number else file, flush=True)
+        config = load_config(Path(file), settings)
+        if world is None:
+            _plan(config, device, price, fit, write)
+            continue
         from tunesmith.plan.table import Machine, print_plan
 
         of_rank = None if device is None else find_device(device)
         print_plan(config, world, Machine(link, network, ranks_per_node, flops), of_rank)
-        return
+
+
+def _is_file(given: str) -> bool:
+    """Whether an argument is a configuration file, and neither a model nor a setting."""
+    return "=" not in given and Path(given).suffix in (".yaml", ".yml", ".json")
+
+
+def _plan(config: RunConfig, device: str | None, price: float | None, fit: bool, write: Path | None) -> None:
+    """On one device, as the command says."""
+    from rich.console import Console
+
+    from tunesmith.plan.devices import find_device, within
+
     if config.engine.name == "fsdp":
         raise UserError(
             "engine: fsdp shares a model out: say over how many ranks with --world, or set engine to single"

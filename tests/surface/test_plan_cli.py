@@ -60,3 +60,16 @@ def test_a_model_in_place_of_a_file(model_folder: Callable[[str], Path]) -> None
     assert "tokens of a row" in shown
     assert "zeroth" in shown
     assert "tokens/s" not in shown  # of a device of which only the memory is known
+
+
+def test_several_files_one_after_the_other(run_file: Path) -> None:
+    Path("other.yaml").write_text(run_file.read_text())
+    shown = output("run.yaml", "other.yaml", "method=lora", "--device", "rtx4090")
+    first, second = shown.split("\nother.yaml\n")
+    assert first.startswith("run.yaml\n")
+    assert "method   lora" in first
+    assert first.removeprefix("run.yaml\n").strip() == second.strip()
+    with pytest.raises(UserError, match="--write: writes one configuration, but 2 are given"):
+        output("run.yaml", "other.yaml", "--fit", "--write", "fitted.yaml")
+    with pytest.raises(UserError, match=r"demo: give a model alone, or configurations, .* got run\.yaml beside it"):
+        output("demo", "run.yaml")
