@@ -105,7 +105,7 @@ def test_a_run_on_two_ranks_is_that_of_one(
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     make_replicas: Callable[..., RunConfig], start: Start, tmp_path: Path
 ) -> None:
-    config = make_replicas(steps=300)
+    config = make_replicas(steps=120)
     folder = Path(config.output)
     launcher = start(config)
     wait_for_step(launcher, folder, 5)
@@ -127,7 +127,7 @@ def test_a_killed_rank_of_sharded_weights_comes_back(
     make_config: Callable[..., RunConfig], start: Start, tmp_path: Path
 ) -> None:
     sections: dict[str, Any] = {
-        "checkpoint": {"every_steps": 10}, "train": {"steps": 200, "batch_size": 4, "foresee": False},
+        "checkpoint": {"every_steps": 10}, "train": {"steps": 80, "batch_size": 4, "foresee": False},
         "optimizer": {"name": "sgd", "lr": 0.05},
     }  # fmt: skip
     config = make_config(**sections, engine={"name": "auto", "device": "cpu"}, output=str(tmp_path / "run"))

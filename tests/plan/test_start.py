@@ -32,6 +32,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def rehearsed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs take their largest batch first, but do not foresee themselves, which takes a process of its own."""
+    monkeypatch.setattr("tunesmith.run.foreseen", lambda *given: None)
+
+
+@pytest.mark.usefixtures("rehearsed_alone")
 @pytest.mark.parametrize("sections", METHODS.values(), ids=METHODS.keys())
 def test_nothing_is_changed_by_it(make_config: MakeConfig, tmp_path: Path, sections: dict[str, Any]) -> None:
     one, other = (
@@ -43,6 +50,7 @@ def test_nothing_is_changed_by_it(make_config: MakeConfig, tmp_path: Path, secti
     assert equal_bits(final_state(one.folder), final_state(other.folder))
 
 
+@pytest.mark.usefixtures("rehearsed_alone")
 @pytest.mark.parametrize("step", [2, 3], ids=["between turns", "within a turn"])
 @pytest.mark.parametrize("state", ["keep", "reset", "8bit"])
 def test_nothing_is_changed_by_it_on_resuming(make_config: MakeConfig, tmp_path: Path, state: str, step: int) -> None:
@@ -95,6 +103,7 @@ def test_a_run_that_does_not_fit_stops_before_it_loads(
     assert not Path(config.output).exists()
 
 
+@pytest.mark.usefixtures("rehearsed_alone")
 def test_the_largest_batch_goes_first(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(train={"foresee": True, "steps": 3, "batch_size": 2})
     run = build(config)

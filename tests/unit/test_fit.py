@@ -43,7 +43,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
         "hidden_size": 192,
         "intermediate_size": 384,
         "head_dim": 48,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "initializer_range": 0.02,
     }
     AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | wide)).save_pretrained(folder)
