@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 LAUNCHED = "TUNESMITH_LAUNCHED"
 """Set in ranks that a launcher of ours has started, to which they leave it to tell of an error."""
 
+TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of libraries that warn of kernels which they lack and nobody asked for."""
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
@@ -283,11 +286,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a wait for another rank that takes longer is no news
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
-    for library in (
-        "torchao",
-        "bitsandbytes",
-        "torch.utils._pytree",
-    ):  # tell of kernels that they lack and nobody asked for
+    for library in TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     is_launched = LAUNCHED in os.environ and "RANK" in os.environ  # of which the launcher itself has the first alone
     if is_launched and os.environ["RANK"] != "0":  # rank 0 gives the same warnings

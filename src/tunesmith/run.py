@@ -78,13 +78,14 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     why = ""
     if asked.name == "auto" and config.engine.name == "fsdp" and config.train.foresee:
         config, why = choose(config)
-    with _remedies_told(console), reading(console) as watch:
-        run = build(config, watch, foresee=True)
-    group = run.learner.engine.group
-    shared = _what_ranks_share(run) | {"resume": resume} if group.world > 1 else {}
-    with group.joined(shared):
-        group.check_shared(folder.path)
-        return _lead(run, folder, resume, console, asked, why) if writes else _follow(run, folder, resume, console)
+    with _remedies_told(console):
+        with reading(console) as watch:
+            run = build(config, watch, foresee=True)
+        group = run.learner.engine.group
+        shared = _what_ranks_share(run) | {"resume": resume} if group.world > 1 else {}
+        with group.joined(shared):
+            group.check_shared(folder.path)
+            return _lead(run, folder, resume, console, asked, why) if writes else _follow(run, folder, resume, console)
 
 
 def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: Engine, why: str) -> Result:
@@ -105,7 +106,7 @@ def _lead(run: Run, folder: RunFolder, resume: bool, console: Console, engine: E
     log = Log(events, progress, config.log.every_steps)
     evaluate, ranks = _evaluation(run, log), Ranks(log)
     checkpoint = Checkpoint(folder, log, config.checkpoint, run.objective, saved=saved)
-    with _remedies_told(console), progress, StopRequest() as stop, _memory_told(run):
+    with progress, StopRequest() as stop, _memory_told(run):
         _rehearse(run)
         if run.measured:
             events.write("memory", step=start, **run.measured)

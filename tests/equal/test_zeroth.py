@@ -440,7 +440,10 @@ def test_what_is_saved_is_a_fold_that_leaves_no_trace(
     before, whole = bits_of(saved), whole_weights(saved)
     masters = {name: master.clone() for name, master in directions.masters.items()}
     keep = directions._keep
-    no_master = lambda name, x: pytest.fail("a master was written") if name in directions.layers else keep(name, x)  # noqa: E731
+
+    def no_master(name: str, x: torch.Tensor) -> torch.Tensor:
+        return pytest.fail("a master was written") if name in directions.layers else keep(name, x)
+
     monkeypatch.setattr(directions, "_keep", no_master)
     saved.method.save(tmp_path / "model")
     with pytest.raises(KeyError), directions.folded():

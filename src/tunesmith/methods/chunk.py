@@ -165,9 +165,9 @@ class Chunk(Method):
     def rehearse(self, loss_fn: LossFn, micro_batches: Sequence[Batch]) -> None:
         """In all turns that differ in what they take; once something has been learnt in the present one alone."""
         present, seen = self.turns.at(self.updates), self.seen
-        longest = self.turns.updates_per_chunk
-        comes = [chunks for chunks, last in self._ends_of_turns().items() if last - longest + 1 < self.extent.steps]
-        for chunks in [present] if self.updates else self._unlike(comes):
+        begins = range(0, self.extent.steps, self.turns.updates_per_chunk)[: self.turns.per_cycle]
+        come = list(dict.fromkeys(map(self.turns.at, begins)))
+        for chunks in [present] if self.updates else self._unlike(come):
             self._turn_to(chunks, keep=self.updates > 0)
             self._expect(several=len(micro_batches) > 1 or self.engine.world > 1)
             with self.beside_state():
@@ -180,14 +180,10 @@ class Chunk(Method):
         names = {trainee.span.key: trainee.span.name for trainee in self.trainees}
         return round(sum(p.numel() * self.pieces[names[key]].state_bytes for key, p in own.items()))
 
-    def _ends_of_turns(self) -> dict[tuple[int, ...], int]:
-        """Of the chunks that train together, the last update of their turn in the first cycle."""
-        cycle, last = self.turns.per_cycle * self.turns.updates_per_chunk, self.turns.updates_per_chunk - 1
-        return {self.turns.at(update): update for update in range(last, cycle, last + 1)}
-
     def unlike_steps(self) -> Iterator[None]:
         """Of few chunks all; of many the first, the last, the largest, and those with embeddings and head."""
-        by_chunks = self._ends_of_turns()
+        cycle, last = self.turns.per_cycle * self.turns.updates_per_chunk, self.turns.updates_per_chunk - 1
+        by_chunks = {self.turns.at(update): update for update in range(last, cycle, last + 1)}
         for update in by_chunks.values():
             self.updates = update
             self.ready(several=False)

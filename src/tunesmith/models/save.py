@@ -53,14 +53,9 @@ def save_sharded(model: Any, folder: Path, rank: int, world: int, file_bytes: in
 
 def _agree(folder: Path, trouble: str, world: int) -> None:
     """Raises UserError on all ranks if one is in trouble."""
-    if failed := [
-        f"rank {n}: {said}" if world > 1 else said for n, said in enumerate(_said_by_all(trouble, world)) if said
-    ]:
+    told = from_all(trouble) if world > 1 else [trouble]
+    if failed := [f"rank {rank}: {said}" if world > 1 else said for rank, said in enumerate(told) if said]:
         raise UserError(f"{folder}: the model cannot be saved: {'; '.join(failed)}; free some space, or mend the disk")
-
-
-def _said_by_all(trouble: str, world: int) -> list[str]:
-    return from_all(trouble) if world > 1 else [trouble]
 
 
 def _trouble(write: Callable[..., Any], *arguments: Any) -> str:
